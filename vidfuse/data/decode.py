@@ -1,0 +1,267 @@
+"""Video bytes -> RGB frames: the only file that knows a decoder.
+
+Comes in: the bytes of one encoded video and the indices of the frames wanted. Goes out: uint8 frames [H, W, 3] as shown
+(rotation metadata applied), or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no header's count is
+believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs.
+
+One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` is called the way in which it
+neither crashes nor shifts frames (bytes through a file in shared memory, one thread, every frame in order).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import av.logging
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
+
+DECODERS = ("pyav", "decord")
+MAX_FRAMES = 36_000
+"""Frames of a video; 20 minutes at 30 frames a second. A longer one is refused."""
+MAX_PIXELS = 4096 * 4096
+"""Width x height of a frame. A larger one is refused before it is decoded."""
+_CHUNK = 16
+"""Frames that decord holds at a time."""
+_SHARED_MEMORY = Path("/dev/shm")
+
+Frame = npt.NDArray[np.uint8]
+
+
+class DecodeError(ValueError):
+    """Bytes that are no whole video, or a frame that the video does not have; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is, by decoding all of it."""
+
+    frames: int
+    """Frames that decode, counted."""
+    fps: float
+    """Frames a second, on average."""
+    duration: float
+    """Seconds, from the first frame's start to the last one's end."""
+    width: int
+    """Pixels, as shown (after rotation)."""
+    height: int
+    """Pixels, as shown (after rotation)."""
+    codec: str
+    """The codec's name as FFmpeg has it; empty where the decoder does not tell (decord)."""
+
+
+def probe(video: bytes, *, decoder: str = "pyav") -> VideoInfo:
+    """Decode a whole video and say what it is.
+
+    Args:
+        video: The encoded file's bytes.
+        decoder: One of `DECODERS`.
+
+    Raises:
+        DecodeError: a packet that does not decode, fewer frames than the container promises, none at all, or more frames or
+            pixels than `MAX_FRAMES` and `MAX_PIXELS`.
+        ValueError: an unknown decoder.
+    """
+    return _pick(decoder, _probe_pyav, _probe_decord)(video)
+
+
+def decode_frames(video: bytes, wanted: Sequence[int], *, decoder: str = "pyav") -> Iterator[tuple[int, Frame]]:
+    """Yield each distinct wanted frame once, in increasing order, as `(index, RGB [H, W, 3])`.
+
+    Only wanted frames are converted to RGB, and decoding stops after the last of them.
+
+    Args:
+        video: The encoded file's bytes.
+        wanted: Frame indices from 0, in presentation order; repeats and any order are fine.
+        decoder: One of `DECODERS`.
+
+    Raises:
+        DecodeError: while iterating: broken bytes, or a wanted frame that the video does not have.
+        ValueError: at the call: an unknown decoder or a negative index.
+    """
+    indices = sorted({int(index) for index in wanted})
+    if indices and indices[0] < 0:
+        raise ValueError(f"frames are counted from 0, wanted {indices[0]}")
+    return _pick(decoder, _decode_pyav, _decode_decord)(video, indices)
+
+
+def _pick(decoder: str, pyav: Any, decord: Any) -> Any:
+    if decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {decoder!r}; there are {', '.join(DECODERS)}")
+    if decoder == "decord" and importlib.util.find_spec("decord") is None:
+        raise ValueError("data.decoder=decord needs the package decord, which is not installed here; use data.decoder=pyav")
+    return pyav if decoder == "pyav" else decord
+
+
+# --- PyAV ---
+
+
+def _probe_pyav(video: bytes) -> VideoInfo:
+    with _faults(), _opened(video) as (container, stream):
+        count, first, last, size = 0, None, None, (0, 0)
+        for frame in _frames(container, stream):
+            count += 1
+            if frame.time is not None:
+                first, last = frame.time if first is None else first, frame.time
+            if count == 1:
+                size = _shown_size(frame)
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        fps, duration = _timing(count, fps, (last - first) if first is not None and last is not None else 0.0)
+        return VideoInfo(count, fps, duration, *size, stream.codec_context.name)
+
+
+def _timing(frames: int, fps: float, span: float) -> tuple[float, float]:
+    """Frames a second and seconds, from the container's rate and the time between first and last frame (0: unknown)."""
+    if not (math.isfinite(fps) and fps > 0):
+        fps = (frames - 1) / span if span > 0 else 25.0
+    return fps, span + 1 / fps if span > 0 else frames / fps
+
+
+def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    if not indices:
+        return
+    remaining = iter(indices)
+    target, count = next(remaining), 0
+    with _faults(), _opened(video) as (container, stream):
+        convert = VideoReformatter()
+        for count, frame in enumerate(_frames(container, stream), start=1):
+            if count - 1 != target:
+                continue
+            image: Any = convert.reformat(frame, format="rgb24").to_ndarray()
+            yield target, _upright(image, frame.rotation)
+            target = next(remaining, -1)
+            if target < 0:
+                return
+    raise DecodeError(f"frame {target} is wanted, the video has {count}")
+
+
+@contextlib.contextmanager
+def _opened(video: bytes) -> Iterator[tuple[Any, Any]]:
+    if (declared := _matroska_bytes(video)) > len(video):
+        raise DecodeError(f"the video is cut off: {len(video)} of {declared} bytes are there")
+    with av.open(io.BytesIO(video), mode="r", metadata_errors="ignore") as container:
+        stream: Any = container.streams.best("video")
+        if stream is None:
+            raise DecodeError("no video stream")
+        if stream.codec_context is None:
+            raise DecodeError("no decoder for the codec of the video stream")
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        _check_pixels(stream.codec_context.width, stream.codec_context.height)
+        yield container, stream
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """All frames in presentation order; a packet or frame that is damaged, or missing at the end, is an error."""
+    packets = count = 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DecodeError(f"the video is cut off or damaged after {count} frames (packet {packets})")
+        packets += packet.size > 0
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise DecodeError(f"frame {count} is damaged")
+            _check_pixels(frame.width, frame.height)
+            count += 1
+            if count > MAX_FRAMES:
+                raise DecodeError(f"more than {MAX_FRAMES} frames; cut the video into shorter ones")
+            yield frame
+    if not count:
+        raise DecodeError("no frame decodes")
+    if packets < stream.frames and "mp4" in container.format.name:
+        raise DecodeError(f"the video is cut off: {packets} of {stream.frames} packets are there")
+
+
+def _matroska_bytes(video: bytes) -> int:
+    """Length that a Matroska or WebM file gives itself, in bytes; 0: another container, or not told.
+
+    FFmpeg ends such a file silently where it is cut off; MP4 and AVI it notices.
+    """
+    position = 0
+    for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the EBML header, the segment
+        start = position + 4
+        if video[position:start] != identifier or start >= len(video) or not video[start]:
+            return 0
+        width = 9 - video[start].bit_length()  # leading zero bits tell how many bytes the size has
+        bits = 7 * width
+        size = int.from_bytes(video[start : start + width]) & ((1 << bits) - 1)
+        if size == (1 << bits) - 1:
+            return 0
+        position = start + width + size
+    return position
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"a frame of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read, make the video smaller")
+
+
+def _upright(image: Frame, degrees: int) -> Frame:
+    """Turn a frame by its rotation metadata, degrees counter-clockwise; other angles than quarter turns are left alone."""
+    turns = round(degrees / 90) % 4 if degrees % 90 == 0 else 0
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def _shown_size(frame: Any) -> tuple[int, int]:
+    return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+
+
+@contextlib.contextmanager
+def _faults() -> Iterator[None]:
+    """Let only `DecodeError` out: on broken files PyAV also raises UnicodeDecodeError, MemoryError and others."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DecodeError(" ".join(reason.split())[:300]) from error
+
+
+# --- decord ---
+
+
+def _probe_decord(video: bytes) -> VideoInfo:
+    with _faults(), _reader(video) as reader:
+        count, fps = len(reader), float(reader.get_avg_fps())
+        height = width = 0
+        for start in range(0, count, _CHUNK):
+            height, width = reader.get_batch(range(start, min(start + _CHUNK, count))).shape[1:3]
+        fps, duration = _timing(count, fps, 0.0)
+        return VideoInfo(count, fps, duration, width, height, "")
+
+
+def _decode_decord(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    if not indices:
+        return
+    with _faults(), _reader(video) as reader:
+        if indices[-1] >= len(reader):
+            raise DecodeError(f"frame {indices[-1]} is wanted, the video has {len(reader)}")
+        for start in range(0, indices[-1] + 1, _CHUNK):
+            chunk = reader.get_batch(range(start, min(start + _CHUNK, indices[-1] + 1))).asnumpy()
+            yield from ((index, chunk[index - start].copy()) for index in indices if start <= index < start + len(chunk))
+
+
+@contextlib.contextmanager
+def _reader(video: bytes) -> Iterator[Any]:
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    with tempfile.NamedTemporaryFile(dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None, suffix=".video") as file:
+        file.write(video)
+        file.flush()
+        reader = decord.VideoReader(file.name, num_threads=1)
+        if not 0 < len(reader) <= MAX_FRAMES:
+            raise DecodeError(f"{len(reader)} frames; 1 to {MAX_FRAMES} are read")
+        _check_pixels(*reader[0].shape[1::-1])
+        yield reader
