@@ -1,1 +1,257 @@
-"""Blocks that more than one file of this room needs."""
+"""Blocks that more than one file of this room needs.
+
+Axes: B clips, T frames, C channels, H height, W width, N tokens (Q of queries, K of keys), D width of a token, h heads.
+Comes in: clips or tokens. Goes out: tokens, features, positions. No file of `backbones/` or `fusion/` imports another one;
+what two of them share is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from vidfuse.models.parts import Tokens
+
+LONGEST_WAVE = 2.0
+"""Longest wavelength of `encode_positions`, in clips: ends of a clip never coincide."""
+SHORTEST_WAVE = 1 / 16
+"""Shortest wavelength of `encode_positions`, in clips: tells neighbours in a grid of up to 32 apart."""
+
+
+class Normalize(nn.Module):
+    """uint8 RGB to the zero mean and unit variance a backbone was trained with.
+
+    The constants stay float32 whatever an engine casts the model to: rounding `mean` to bfloat16 alone moves the input by
+    0.4 % of its deviation. They are not in the state dict.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._place(None)
+
+    def forward(self, clip: UInt8[Tensor, "B T C H W"], dtype: torch.dtype) -> Float[Tensor, "B T C H W"]:
+        """`(clip / 255 - mean) / std` in `dtype`, computed in float32."""
+        return (clip.float() * self.scale + self.shift).to(dtype)
+
+    def _place(self, device: torch.device | None) -> None:
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (self.mean, self.std))
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalize:
+        super()._apply(fn, recurse)
+        self._place(self.scale.device)
+        return self
+
+
+class FrameViT(nn.Module):
+    """A timm vision transformer applied to each frame: the tokens after its last norm, registers dropped.
+
+    Args:
+        vit: timm model with `forward_features`, `patch_embed`, `num_prefix_tokens`, `blocks` and no head.
+        tokens: `all` the class token and the patches of each frame, `class` or `patch` only these.
+        adapt: Turns a published file's state into that of `vit` (timm's own `checkpoint_filter_fn`).
+        licence: What a user of the published weights must know; told when weights are loaded. `None`: nothing.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        tokens: Literal["all", "class", "patch"],
+        adapt: Callable[..., dict[str, Tensor]],
+        licence: str | None = None,
+    ) -> None:
+        super().__init__()
+        timm_model = cast(Any, vit)
+        self.vit = vit
+        self.tokens = tokens
+        self.width: int = timm_model.embed_dim
+        self.mean: tuple[float, float, float] = tuple(timm_model.pretrained_cfg["mean"])
+        self.std: tuple[float, float, float] = tuple(timm_model.pretrained_cfg["std"])
+        self.patch: int = timm_model.patch_embed.patch_size[0]
+        self.licence = licence
+        self._adapt = adapt
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer's blocks."""
+        return tuple(cast(nn.ModuleList, self.vit.blocks))
+
+    def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
+        """Tokens frame by frame; in a frame the class token first, then patches row by row."""
+        frames = rearrange(clip, "B T C H W -> (B T) C H W")
+        values = self._kept(cast(Any, self.vit).forward_features(frames))
+        values = rearrange(values, "(B T) n D -> B (T n) D", T=clip.shape[1])
+        return Tokens(values, self._positions(clip))
+
+    def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State of a published file (timm's or the authors') under this module's names."""
+        if all(key.startswith("vit.") for key in state):
+            return dict(state)
+        return {f"vit.{key}": value for key, value in self._adapt(dict(state), self.vit).items()}
+
+    def _kept(self, values: Float[Tensor, "F n D"]) -> Float[Tensor, "F m D"]:
+        prefix = cast(int, self.vit.num_prefix_tokens)
+        chosen = {"class": values[:, :1], "patch": values[:, prefix:]}
+        return torch.cat(tuple(chosen.values()), dim=1) if self.tokens == "all" else chosen[self.tokens]
+
+    def _positions(self, clip: Float[Tensor, "B T C H W"]) -> Float[Tensor, "N 3"]:
+        frames, height, width = clip.shape[1], clip.shape[3] // self.patch, clip.shape[4] // self.patch
+        patches = rearrange(grid_positions(frames, height, width, clip.device), "(T n) a -> T n a", T=frames)
+        classes = grid_positions(frames, 1, 1, clip.device)[:, None]
+        chosen = {"class": classes, "patch": patches}
+        kept = torch.cat((classes, patches), dim=1) if self.tokens == "all" else chosen[self.tokens]
+        return rearrange(kept, "T n a -> (T n) a")
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one stream's tokens over another's (Vaswani et al. 2017, arXiv:1706.03762, section 3.2).
+
+    Args:
+        width: D of queries, keys and result.
+        heads: Number of heads; divides `width`.
+        dropout: Dropout of the attention weights.
+
+    Raises:
+        ValueError: `heads` does not divide `width`.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_heads(width, heads)
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B Q D"],
+        keys: Float[Tensor, "B K D"],
+        mask: Bool[Tensor, "B K"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B h Q K"] | None]:
+        """What `queries` read from `keys`, and the weights they did it with (float32, before dropout) if asked for.
+
+        Where `mask` is False a key is not looked at; a clip without any real key reads zero.
+        """
+        q = rearrange(self.query(queries), "B Q (h d) -> B h Q d", h=self.heads)
+        k, v = rearrange(self.key_value(keys), "B K (two h d) -> two B h K d", two=2, h=self.heads)
+        weights = self._weights(q, k, mask) if return_attention else None
+        read = self._read(q, k, v, mask) if weights is None else self._dropped(weights).to(v.dtype) @ v
+        if mask is not None:
+            read = read * mask.any(dim=1)[:, None, None, None]
+        return self.out(rearrange(read, "B h Q d -> B Q (h d)")), weights
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_lookable(mask), dropout_p=dropout)
+
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])
+        lookable = _lookable(mask)
+        return (scores if lookable is None else scores.masked_fill(~lookable, -torch.inf)).softmax(dim=-1)
+
+    def _dropped(self, weights: Tensor) -> Tensor:
+        return F.dropout(weights, self.dropout, self.training)
+
+
+class Mlp(nn.Sequential):
+    """The feed-forward part of a transformer block: wide, GELU, back."""
+
+    def __init__(self, width: int, ratio: float, dropout: float = 0.0) -> None:
+        hidden = int(width * ratio)
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+
+
+def _lookable(mask: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "B 1 1 K"] | None:
+    """The mask as attention takes it; a clip with no real key looks at all (softmax of nothing is not a number)."""
+    return None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
+
+
+def masked_mean(tokens: Tokens) -> Float[Tensor, "B D"]:
+    """Mean of each clip's real tokens, accumulated in float32; zero for a clip without any."""
+    if tokens.mask is None:
+        return tokens.values.mean(dim=1, dtype=torch.float32).to(tokens.values.dtype)
+    real = tokens.mask[..., None]
+    total = tokens.values.masked_fill(~real, 0).sum(dim=1, dtype=torch.float32)
+    return (total / real.sum(dim=1).clamp(min=1)).to(tokens.values.dtype)
+
+
+def without_padding(tokens: Tokens) -> Tokens:
+    """The tokens with padded values set to zero, so that whatever was there (not a number, too) reaches nothing."""
+    if tokens.mask is None:
+        return tokens
+    return replace(tokens, values=tokens.values.masked_fill(~tokens.mask[..., None], 0))
+
+
+def grid_positions(frames: int, height: int, width: int, device: torch.device | None = None) -> Float[Tensor, "N 3"]:
+    """Centres of the cells of a grid over the clip, as (time, height, width) in 0..1, time slowest."""
+    axes = [(torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in (frames, height, width)]
+    return rearrange(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1), "t h w a -> (t h w) a")
+
+
+def encode_positions(positions: Float[Tensor, "N 3"], width: int) -> Float[Tensor, "N D"]:
+    """Sines and cosines of continuous (time, height, width), a third of `width` each, the rest zero.
+
+    The 3-D form of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) with wavelengths in clips, from `LONGEST_WAVE` to
+    `SHORTEST_WAVE`, so that grids of different strides share one scale.
+
+    Raises:
+        ValueError: `width` is below 6, a sine and a cosine for each axis.
+    """
+    if width < 6:
+        raise ValueError(f"positions in three axes need a width of 6 or more, given {width}")
+    steps = torch.linspace(0, 1, width // 6, device=positions.device)
+    waves = LONGEST_WAVE * (SHORTEST_WAVE / LONGEST_WAVE) ** steps
+    angles = rearrange(2 * math.pi * positions[..., None] / waves, "N a f -> N (a f)")
+    encoded = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    return F.pad(encoded, (0, width - encoded.shape[-1]))
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Refuse heads that do not share the width evenly.
+
+    Raises:
+        ValueError: `heads` is no divisor of `width`.
+    """
+    if heads < 1 or width % heads:
+        fitting = [h for h in (1, 2, 4, 6, 8, 12, 16, 32) if width % h == 0]
+        raise ValueError(f"heads={heads} does not divide width={width}; heads that do: {', '.join(map(str, fitting))}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a probability outside [0, 1).
+
+    Raises:
+        ValueError: it is outside.
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is a share of at least 0 and below 1, given {value:g}")
+
+
+def check_patch(size: int, patch: int) -> None:
+    """Refuse a clip that the patches do not tile.
+
+    Raises:
+        ValueError: `patch` does not divide `size`; the message has the nearest sizes that do.
+    """
+    if size % patch:
+        below, above = size // patch * patch, (size // patch + 1) * patch
+        near = f"{below} and {above}" if below else f"{above}"
+        raise ValueError(f"size {size} is not tiled by patches of {patch} x {patch} pixels; nearest that are: {near}")

@@ -1,0 +1,55 @@
+"""DINOv3 over frames: patch and class tokens of a self-supervised image transformer with rotary positions.
+
+Axes: B clips, T frames, C channels, H height, W width, N tokens, D width.
+Comes in: normalised clips. Goes out: tokens of every frame, after the last norm; the four registers are dropped.
+Source: Simeoni et al. 2025, DINOv3 (arXiv:2508.10104), table of the ViT family: S and S+ are 384 wide, B 768, L 1024,
+H+ 1280; model and weights by timm (`vit_*_patch16_dinov3.lvd1689m`). The weights are under the DINOv3 License, and gated at
+their origin.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import timm
+from timm.models.eva import checkpoint_filter_fn
+
+from vidfuse.models import weights
+from vidfuse.models.layers import FrameViT, check_patch
+
+Variant = Literal["vits16", "vits16plus", "vitb16", "vitl16", "vith16plus"]
+NAMES = {"vits16": "small", "vits16plus": "small_plus", "vitb16": "base", "vitl16": "large", "vith16plus": "huge_plus"}
+LICENCE = (
+    "DINOv3 weights are under the DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license/), "
+    "gated at their origin: accept it there before use and before you pass on a model that holds them"
+)
+
+
+def build(
+    *,
+    frames: int,
+    size: int,
+    pretrained: bool = False,
+    variant: Variant = "vits16plus",
+    tokens: Literal["all", "class", "patch"] = "all",
+) -> FrameViT:
+    """Build the backbone.
+
+    Args:
+        frames: T of a clip; any.
+        size: Height and width of a clip, in pixels; a multiple of 16.
+        pretrained: Fetch the published weights; the licence is logged.
+        variant: Size of the transformer.
+        tokens: Which tokens of a frame are given.
+
+    Raises:
+        ValueError: `size` is no multiple of 16, or the weights cannot be fetched.
+    """
+    check_patch(size, 16)
+    name = f"vit_{NAMES[variant]}_patch16_dinov3.lvd1689m"
+    with weights.fetching(name, file=f"model.safetensors of https://huggingface.co/timm/{name}"):
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, dynamic_img_size=False)
+    backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn, licence=LICENCE)
+    if pretrained:
+        weights.tell(backbone)
+    return backbone

@@ -1,0 +1,263 @@
+"""One or two backbones, a fusion and a head: every model here, baselines too, is this one thing.
+
+Axes: B clips, T frames, C colour channels (3), H height, W width, N tokens, D width, K classes.
+Comes in: uint8 clips. Goes out: float32 logits and, if asked, attention. Beside the module: what an engine needs to know of
+it (parts and their sizes, what is trained, the frozen streams' digest) and how its activations are recomputed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast, overload
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from vidfuse.models import select, weights
+from vidfuse.models.layers import Normalize, check_share
+from vidfuse.models.parts import Backbone, Fused, Fusion, Tokens
+
+
+class LinearHead(nn.Module):
+    """Dropout and a linear classifier."""
+
+    def __init__(self, width: int, classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_share("head_dropout", dropout)
+        self.drop = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, feature: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
+        """Logits."""
+        return self.linear(self.drop(feature))
+
+
+class Recognizer(nn.Module):
+    """Clips to logits.
+
+    Args:
+        streams: Backbones by name, `semantic` and `motion` or one of them.
+        fusion: Joins the streams' tokens.
+        head: Classifies the feature.
+        frozen: Streams that are not trained: no gradients, evaluation mode also under `train()`.
+    """
+
+    def __init__(
+        self, streams: Mapping[str, nn.Module], fusion: nn.Module, head: nn.Module, *, frozen: Collection[str] = ()
+    ) -> None:
+        super().__init__()
+        self.streams = nn.ModuleDict(streams)
+        self.normalize = nn.ModuleDict({name: _normalizer(stream) for name, stream in streams.items()})
+        self.fusion = fusion
+        self.head = head
+        self.frozen = frozenset(frozen)
+        for name in self.frozen:
+            self.streams[name].requires_grad_(False)
+        self.train(self.training)
+
+    @overload
+    def forward(self, clips: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, clips: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+    def forward(
+        self, clips: UInt8[Tensor, "B T C H W"], *, return_attention: bool = False
+    ) -> Float[Tensor, "B K"] | tuple[Float[Tensor, "B K"], Mapping[str, Tensor]]:
+        """Float32 logits, or with `return_attention` the pair of them and the fusion's attention by name.
+
+        Arithmetic is that of the parameters' dtype (an engine may have cast them), or autocast's.
+        """
+        streams = {name: self._tokens(name, clips) for name in self.streams}
+        fused: Fused = self.fusion(streams, return_attention=return_attention)
+        logits = self.head(fused.feature).float()
+        return (logits, fused.attention) if return_attention else logits
+
+    def train(self, mode: bool = True) -> Recognizer:
+        """Set training mode, except for frozen streams."""
+        super().train(mode)
+        for name in self.frozen:
+            self.streams[name].eval()
+        return self
+
+    def _tokens(self, name: str, clips: Tensor) -> Tokens:
+        stream = self.streams[name]
+        with torch.no_grad() if name in self.frozen else nullcontext():
+            tokens: Tokens = stream(self.normalize[name](clips, _dtype(stream)))
+        return replace(tokens, values=tokens.values.to(_dtype(self.fusion, self.head)))
+
+
+class Part(NamedTuple):
+    """Parameters of a part of a recogniser."""
+
+    name: str
+    total: int
+    trainable: int
+
+
+def build_recognizer(
+    *,
+    classes: int,
+    frames: int,
+    size: int,
+    semantic: Mapping[str, Any] | None = None,
+    motion: Mapping[str, Any] | None = None,
+    fusion: Mapping[str, Any],
+    head_dropout: float = 0.0,
+    seed: int = 0,
+) -> Recognizer:
+    """Build a recogniser; the same arguments give the same weights, whatever was built or drawn before.
+
+    Each part draws from its own generator, seeded by `seed` and the part's name, so that exchanging the fusion leaves the
+    backbones as they are. Build on the CPU (or under `torch.device("meta")` for a dry run, which checks weight files and
+    fetches nothing), then move.
+
+    Args:
+        classes: K.
+        frames: T of a clip.
+        size: Height and width of a clip, in pixels.
+        semantic: `{"name", "frozen", "weights", "options"}` of the image stream; `weights` is `None` (random), `"pretrained"`
+            or a file (see `weights.load`). `None`: no such stream.
+        motion: The same of the video stream.
+        fusion: `{"name", "options"}`.
+        head_dropout: Dropout before the classifier.
+        seed: Source of random weights.
+
+    Raises:
+        ValueError: no stream, an unknown component, an option it refuses, or weights that do not fit.
+    """
+    wanted = {name: spec for name, spec in (("semantic", semantic), ("motion", motion)) if spec is not None}
+    if not wanted:
+        raise ValueError("a recogniser has a semantic stream, a motion stream or both; both are None")
+    streams = {name: _stream(name, spec, frames=frames, size=size, seed=seed) for name, spec in wanted.items()}
+    widths = {name: cast(Backbone, stream).width for name, stream in streams.items()}
+    options = dict(fusion.get("options") or {})
+    select.check_options("fusion", fusion["name"], options)
+    with _seeded(seed, "fusion"):
+        fused = select.build("fusion", fusion["name"], widths=widths, **options)
+    with _seeded(seed, "head"):
+        head = LinearHead(cast(Fusion, fused).width, classes, head_dropout)
+    return Recognizer(streams, fused, head, frozen=[name for name, spec in wanted.items() if spec.get("frozen", True)])
+
+
+def parameter_table(model: Recognizer) -> list[Part]:
+    """Parameters of each stream, the fusion and the head: all, and those that are trained (whole ones under ZeRO-3)."""
+    parts = {**dict(model.streams.items()), "fusion": model.fusion, "head": model.head}
+    return [Part(name, _count(part.parameters()), _count(_trained(part))) for name, part in parts.items()]
+
+
+def frozen_digest(model: Recognizer) -> dict[str, str]:
+    """SHA-256 of each frozen stream: names, shapes and float32 bytes of its state, without parameters that are trained.
+
+    Taken before an engine casts or partitions the model: casting to bfloat16 loses what the digest is to prove, so a model
+    that was cast (or is on the meta device) is refused rather than hashed to something else.
+
+    Raises:
+        ValueError: a frozen weight is not float32, or has no values.
+    """
+    return {name: _digest(name, model.streams[name]) for name in sorted(model.frozen)}
+
+
+def trainable_state(model: Recognizer) -> dict[str, Tensor]:
+    """What a checkpoint must hold: the state dict without the frozen streams' fixed weights.
+
+    That is all parameters that are trained, and of streams that are not frozen also fixed parameters and buffers (running
+    statistics). Tensors are the model's own; under ZeRO-3 only the names are of use.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fixed = tuple(f"streams.{name}." for name in model.frozen)
+    return {name: value for name, value in model.state_dict().items() if name in trained or not name.startswith(fixed)}
+
+
+def checkpoint_activations(model: Recognizer) -> int:
+    """Make the blocks of trained streams and of the fusion recompute their activations in backward; returns their number.
+
+    Modules and parameters keep their names. Non-reentrant, with the random state kept, so that losses and gradients are those
+    of the plain model; only in training mode with gradients enabled. Running statistics of batch norm are updated once, in
+    forward. Calling it again changes nothing.
+    """
+    parts = [stream for name, stream in model.streams.items() if name not in model.frozen] + [model.fusion]
+    blocks = [block for part in parts for block in cast(Backbone | Fusion, part).blocks]
+    for block in blocks:
+        if getattr(block.forward, "func", None) is not _recompute:
+            block.forward = partial(_recompute, block, block.forward)
+    return len(blocks)
+
+
+def _recompute(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    extra: dict[str, Any] = {}
+    if any(isinstance(m, _BatchNorm) for m in block.modules()):
+        extra["context_fn"] = lambda: (nullcontext(), _statistics_kept(block))
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Batch norm inside normalises by the batch as before and leaves its running statistics alone."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _stream(part: str, spec: Mapping[str, Any], *, frames: int, size: int, seed: int) -> nn.Module:
+    name, source, options = spec["name"], spec.get("weights"), dict(spec.get("options") or {})
+    select.check_options("backbones", name, options)
+    on_meta = torch.get_default_device().type == "meta"
+    pretrained = source == "pretrained"
+    with _seeded(seed, part):
+        stream = select.build("backbones", name, frames=frames, size=size, pretrained=pretrained and not on_meta, **options)
+    weights.load(stream, None if pretrained else source)
+    return stream
+
+
+@contextmanager
+def _seeded(seed: int, part: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{part}".encode()).digest()[:7], "big"))
+        yield
+
+
+def _normalizer(stream: nn.Module) -> Normalize:
+    backbone = cast(Backbone, stream)
+    return Normalize(backbone.mean, backbone.std)
+
+
+def _dtype(*parts: nn.Module) -> torch.dtype:
+    """Dtype of the first floating parameter: also right where ZeRO-3 has left parameters empty."""
+    return next((p.dtype for part in parts for p in part.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _count(parameters: Collection[nn.Parameter] | Iterator[nn.Parameter]) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def _trained(part: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in part.parameters() if p.requires_grad)
+
+
+def _digest(name: str, stream: nn.Module) -> str:
+    trained = {n for n, p in stream.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256()
+    for key, value in sorted(stream.state_dict().items()):
+        if key in trained:
+            continue
+        if value.is_meta or (value.is_floating_point() and value.dtype != torch.float32) or hasattr(value, "ds_numel"):
+            raise ValueError(
+                f"digest of {name}.{key}: it is {value.dtype} on {value.device}; take it before the engine casts the model"
+            )
+        digest.update(f"{key} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
