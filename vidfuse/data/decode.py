@@ -1,8 +1,8 @@
 """Video bytes -> RGB frames: the only file that knows a decoder.
 
 Comes in: the bytes of one encoded video and the indices of the frames wanted. Goes out: uint8 frames [H, W, 3] as shown
-(rotation metadata applied), or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no header's count is
-believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs.
+(rotation metadata applied), or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no header's
+count is believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs.
 
 One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` is called the way in which it
 neither crashes nor shifts frames (bytes through a file in shared memory, one thread, every frame in order).

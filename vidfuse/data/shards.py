@@ -7,19 +7,39 @@ A packed set is a folder (local or on object storage):
     <split>.index.parquet         one row a sample, in shard order (`SplitIndex`): where its bytes are
     <split>-<number>.tar          WebDataset shard: members `<key>.<video ext>` and `<key>.json` for each sample
     <split>-<number>.json         the shard's own record, written after the tar: the shard is complete (`ShardRecord`)
+
+Comes in: a pyarrow file system and the set's folder on it (credentials are the business of `on_ray.storage`), or open files.
+Goes out: the records above, checked, or a `DataError`. Tars are read strictly: where tarfile ends a damaged archive without a
+word, `read_members` raises; members are regular files with an allowed suffix; nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.json"
 VIDEO_SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov")
+META_SUFFIX = "json"
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=,@()-]{0,89}")
+_BLOCK = 512
+_MEMBER_BYTES = 4 * 1024**3
+"""Largest member that is read into memory."""
+
+Record = TypeVar("Record", bound=BaseModel)
 
 
 class DataError(ValueError):
@@ -83,6 +103,48 @@ class Manifest(_Record):
     """Hash of what was packed (sources and options): packing the same again writes nothing."""
 
 
+class IndexRow(_Record):
+    """A sample of a shard: where its video is inside the tar, and what reading needs to know of it."""
+
+    key: str
+    label: int
+    """-1: none."""
+    suffix: str
+    offset: int
+    size: int
+    frames: int
+    width: int
+    height: int
+
+
+class Quarantined(_Record):
+    """A video that was left out."""
+
+    split: str
+    key: str
+    path: str
+    """Below the source folder."""
+    reason: str
+
+
+class ShardRecord(_Record):
+    """`<split>-<number>.json`: a shard that is complete."""
+
+    name: str
+    plan: str
+    bytes: int
+    """0: no video of the shard could be read, there is no tar."""
+    sha256: str
+    samples: tuple[IndexRow, ...]
+    quarantined: tuple[Quarantined, ...]
+
+
+class Quarantine(_Record):
+    """`quarantine.json`."""
+
+    videos: tuple[Quarantined, ...]
+
+
 @dataclass(frozen=True)
 class SplitIndex:
     """Where each sample of a split is; row i is sample i (shard order, then order inside the shard)."""
@@ -106,3 +168,309 @@ class SplitIndex:
 
     def __len__(self) -> int:
         return len(self.key)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar."""
+
+    key: str
+    suffix: str
+    offset: int
+    """First byte of its content inside the tar."""
+    size: int
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a split's shard."""
+    return f"{split}-{number:05d}.tar"
+
+
+def record_name(shard: str) -> str:
+    """File name of a shard's record."""
+    return f"{shard.removesuffix('.tar')}.json"
+
+
+def index_name(split: str) -> str:
+    """File name of a split's index."""
+    return f"{split}.index.parquet"
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it can name a sample (a dot or a slash would end the key inside a tar).
+
+    Raises:
+        DataError: it cannot.
+    """
+    if not _KEY.fullmatch(key):
+        raise DataError(f"sample key {key!r}: 1 to 90 of A-Z a-z 0-9 _ + = , @ ( ) - are allowed; rename the video")
+    return key
+
+
+# --- tars ---
+
+
+def write_shard(file: BinaryIO, samples: Iterable[tuple[SampleMeta, str, bytes]]) -> None:
+    """Write a WebDataset tar; the same samples always give the same bytes.
+
+    Args:
+        file: Open for writing, at its start.
+        samples: Meta data, video suffix without the dot, and the video's bytes; one sample at a time is held.
+
+    Raises:
+        DataError: a key or a suffix that a shard cannot have.
+    """
+    from webdataset import TarWriter  # imports torch: seconds, and nothing that reads shards should pay for it
+
+    with TarWriter(file, user="vidfuse", group="vidfuse", mtime=0, encoder=False) as tar:
+        for meta, suffix, video in samples:
+            key = check_key(meta.key)
+            _check_suffix(suffix, (*VIDEO_SUFFIXES,), key)
+            tar.write({"__key__": key, suffix: video})
+            tar.write({"__key__": key, META_SUFFIX: meta.model_dump_json().encode()})
+
+
+def read_members(file: BinaryIO) -> Iterator[tuple[Member, bytes]]:
+    """Walk a tar from its start to its end mark, one member's content in memory at a time.
+
+    Raises:
+        DataError: a damaged header, an unexpected end, a member that is no regular file or whose suffix is not allowed.
+    """
+    position = 0
+    while True:
+        header = file.read(_BLOCK)
+        if len(header) < _BLOCK:
+            raise DataError(f"the tar is cut off at byte {position + len(header)}: its end mark is missing")
+        if not any(header):
+            if any(any(rest) for rest in iter(lambda: file.read(_BLOCK * 128), b"")):
+                raise DataError(f"damaged tar header at byte {position}: zeros, and more data after them")
+            return
+        member, padded = _parse_header(header, position + _BLOCK)
+        content = file.read(padded)
+        if len(content) < padded:
+            raise DataError(
+                f"the tar is cut off at byte {position + _BLOCK + len(content)}, inside {member.key}.{member.suffix}"
+            )
+        yield member, content[: member.size]
+        position += _BLOCK + padded
+
+
+def _parse_header(header: bytes, offset: int) -> tuple[Member, int]:
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeError) as error:
+        raise DataError(f"damaged tar header at byte {offset - _BLOCK}: {error}") from None
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= info.size <= _MEMBER_BYTES:
+        raise DataError(f"member {info.name!r} is not a regular file of at most {_MEMBER_BYTES} bytes; only those are read")
+    key, _, suffix = info.name.partition(".")
+    _check_suffix(suffix, (*VIDEO_SUFFIXES, META_SUFFIX), key)
+    return Member(check_key(key), suffix, offset, info.size), -(-info.size // _BLOCK) * _BLOCK
+
+
+def _check_suffix(suffix: str, allowed: tuple[str, ...], key: str) -> None:
+    if suffix not in allowed:
+        raise DataError(f"{key}: suffix {suffix!r} is not allowed in a shard; allowed are {', '.join(allowed)}")
+
+
+def index_rows(file: BinaryIO) -> tuple[IndexRow, ...]:
+    """Index a tar by walking it.
+
+    Raises:
+        DataError: what `read_members` raises, a broken meta member, or a video without one (and the other way round).
+    """
+    rows: list[IndexRow] = []
+    video: Member | None = None
+    for member, content in read_members(file):
+        if member.suffix != META_SUFFIX:
+            if video is not None:
+                raise DataError(f"{video.key}: the video has no {META_SUFFIX} member after it")
+            video = member
+            continue
+        if video is None or video.key != member.key:
+            raise DataError(f"{member.key}: the {META_SUFFIX} member has no video before it")
+        rows.append(index_row(video, parse_record(SampleMeta, content, f"{member.key}.{META_SUFFIX}")))
+        video = None
+    if video is not None:
+        raise DataError(f"{video.key}: the video has no {META_SUFFIX} member after it")
+    return tuple(rows)
+
+
+def index_row(video: Member, meta: SampleMeta) -> IndexRow:
+    """The index row of a video member and its meta data."""
+    return IndexRow(
+        key=meta.key,
+        label=-1 if meta.label is None else meta.label,
+        suffix=video.suffix,
+        offset=video.offset,
+        size=video.size,
+        frames=meta.frames,
+        width=meta.width,
+        height=meta.height,
+    )
+
+
+# --- manifest and index ---
+
+
+def read_manifest(fs: Any, root: str) -> Manifest:
+    """Read a packed set's manifest.
+
+    Args:
+        fs: A pyarrow file system.
+        root: The set's folder on it.
+
+    Raises:
+        DataError: there is none, it is not one, or it lists no sample at all.
+    """
+    try:
+        content = read_file(fs, root, MANIFEST)
+    except FileNotFoundError:
+        raise DataError(
+            f"no {MANIFEST} in {root}: not a finished packed set; give the folder that jobs.pack wrote, or run"
+            f" python -m jobs.pack SOURCE URL (an interrupted one continues)"
+        ) from None
+    manifest = parse_record(Manifest, content, f"{root}/{MANIFEST}")
+    if manifest.format != 1:
+        raise DataError(f"{root}/{MANIFEST}: format {manifest.format}, this version reads 1; update vidfuse or pack again")
+    if not any(info.shards for info in manifest.splits.values()):
+        raise DataError(f"{root}/{MANIFEST} lists no shards; pack a source that has videos")
+    return manifest
+
+
+def check_classes(manifest: Manifest, classes: int) -> None:
+    """Check that a set has as many classes as the config says.
+
+    Raises:
+        DataError: it has not.
+    """
+    if len(manifest.classes) != classes:
+        raise DataError(
+            f"data.classes is {classes}, the packed set {manifest.dataset!r} has {len(manifest.classes)} classes;"
+            f" set data.classes={len(manifest.classes)} or give another data.url"
+        )
+
+
+def split_info(manifest: Manifest, split: str) -> SplitInfo:
+    """A split of a manifest.
+
+    Raises:
+        DataError: there is no such split, or nothing is in it.
+    """
+    if split not in manifest.splits:
+        raise DataError(
+            f"no split {split!r} in the packed set {manifest.dataset!r}; it has {', '.join(sorted(manifest.splits))}"
+        )
+    info = manifest.splits[split]
+    if not info.shards or not info.samples:
+        raise DataError(
+            f"split {split!r} of the packed set {manifest.dataset!r} has no samples; pack it again with videos in it"
+        )
+    return info
+
+
+def read_index(fs: Any, root: str, split: str, *, manifest: Manifest | None = None) -> SplitIndex:
+    """Read the index of a split, verified against the manifest.
+
+    Args:
+        fs: A pyarrow file system.
+        root: The set's folder on it.
+        split: One of the manifest's splits.
+        manifest: What `read_manifest` gave; read again when `None`.
+
+    Raises:
+        DataError: no such split, or an index that is missing or is not the manifest's.
+    """
+    info = split_info(manifest or read_manifest(fs, root), split)
+    try:
+        content = read_file(fs, root, info.index)
+    except FileNotFoundError:
+        raise DataError(f"{root}/{info.index}: missing; run python -m jobs.check, pack the set again") from None
+    if hashlib.sha256(content).hexdigest() != info.index_sha256:
+        raise DataError(f"{root}/{info.index}: not the one the manifest names (sha256 differs); pack the set again")
+    index = decode_index(content, tuple(shard.name for shard in info.shards))
+    if len(index) != info.samples:
+        raise DataError(f"{root}/{info.index}: {len(index)} samples, the manifest says {info.samples}; pack the set again")
+    return index
+
+
+_COLUMNS = {
+    "shard": pa.dictionary(pa.int32(), pa.string()),
+    "key": pa.string(),
+    "label": pa.int32(),
+    "suffix": pa.dictionary(pa.int32(), pa.string()),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "frames": pa.int32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+}
+
+
+def encode_index(records: Iterable[ShardRecord]) -> bytes:
+    """The index file (Parquet) of a split's shards, in this order."""
+    rows = [{"shard": record.name, **row.model_dump()} for record in records for row in record.samples]
+    schema = pa.schema(list(_COLUMNS.items()))
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd", store_schema=False)
+    return sink.getvalue()
+
+
+def decode_index(content: bytes, shards: tuple[str, ...]) -> SplitIndex:
+    """Read an index file's bytes.
+
+    Args:
+        content: The file.
+        shards: The split's shards, in the manifest's order.
+
+    Raises:
+        DataError: it is no index, or names other shards.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(content)).select(list(_COLUMNS))
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise DataError(f"not an index of a packed set: {str(error).splitlines()[0]}; pack the set again") from None
+    numbers = {name: number for number, name in enumerate(shards)}
+    column = {name: table[name].to_numpy(zero_copy_only=False) for name in _COLUMNS}
+    if unknown := set(column["shard"]) - set(numbers):
+        raise DataError(f"the index names {sorted(unknown)[0]}, which is no shard of the manifest; pack the set again")
+    return SplitIndex(
+        shards=shards,
+        shard=np.array([numbers[name] for name in column["shard"]], dtype=np.int32),
+        key=column["key"].astype(object),
+        label=column["label"].astype(np.int32),
+        suffix=column["suffix"].astype(object),
+        offset=column["offset"].astype(np.int64),
+        size=column["size"].astype(np.int64),
+        frames=column["frames"].astype(np.int32),
+        width=column["width"].astype(np.int32),
+        height=column["height"].astype(np.int32),
+    )
+
+
+def read_file(fs: Any, root: str, name: str) -> bytes:
+    """The bytes of a file of a set.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    with fs.open_input_file(f"{root.rstrip('/')}/{name}") as file:
+        return file.read()
+
+
+def parse_record(kind: type[Record], content: bytes, where: str) -> Record:
+    """Read one of the records above from JSON.
+
+    Raises:
+        DataError: broken JSON or another record; the message starts with `where`.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(step) for step in fault["loc"])
+        raise DataError(f"{where}: not a {kind.__name__}: {field + ': ' if field else ''}{fault['msg']}") from None
+
+
+def dump_record(record: BaseModel) -> bytes:
+    """A record as JSON bytes, the same for the same record."""
+    return (json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode()
