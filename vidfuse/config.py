@@ -81,8 +81,8 @@ class DataConfig(Section):
     """Whether training clips are mirrored left-right at random. Wrong wherever labels name a direction."""
     decoder: Literal["pyav", "decord"] = "pyav"
     """Video decoder."""
-    samples_per_task: int = Field(16, ge=1)
-    """Videos that one Ray Data task reads and decodes; rounded up to whole micro batches."""
+    block_bytes: int = Field(32 * 1024**2, ge=1)
+    """Decoded clips that one Ray Data task reads and gives as one block, in bytes; at least one micro batch."""
     cpus_per_task: float = Field(1.0, gt=0)
     """CPUs that one reading task asks of Ray."""
     buffer_bytes: int = Field(2 * 1024**3, ge=1)
@@ -157,6 +157,8 @@ class TrainConfig(Section):
     """Epochs without a better validation top-1 after which training ends. `null`: never."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Optimizer steps between checkpoints inside an epoch. `null`: only after validations."""
+    log_every_steps: int = Field(10, ge=1)
+    """Optimizer steps between lines of metrics.jsonl (and TensorBoard points)."""
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
@@ -224,7 +226,7 @@ class Config(Section):
     def digest(self) -> str:
         """Hash of what decides the numbers of a run (storage, name, cluster and evaluation do not)."""
         part = self.model_dump(mode="json", include={"seed", "data", "model", "train"})
-        for harmless in ("url", "buffer_bytes", "prefetch_batches", "samples_per_task", "cpus_per_task", "unreadable_limit"):
+        for harmless in ("url", "buffer_bytes", "prefetch_batches", "block_bytes", "cpus_per_task", "unreadable_limit"):
             part["data"].pop(harmless)
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 

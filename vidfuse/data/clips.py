@@ -1,0 +1,189 @@
+"""Videos of shards to clips: what one reading task does.
+
+Comes in: a `Part` (which videos, for which epoch) and a file system. Goes out: columns of rows, a row being one view of one
+sample. Only the byte ranges of the wanted videos are read. A video that cannot be decoded gives rows of weight 0 and the
+reason; a file that cannot be read raises, since that is the storage's fault and not the video's.
+
+Axes: R rows (videos x views), T frames, H = W = size.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vidfuse.config import DataConfig
+from vidfuse.data.decode import DecodeError, decode_frames
+from vidfuse.data.sampling import PADDING, frame_numbers, generator
+from vidfuse.data.shards import SplitIndex
+from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
+
+FETCHES_AT_ONCE = 8
+"""Byte ranges that a reading task asks of the storage at the same time."""
+CROPS, FRAMES = 1, 2
+"""Purposes that keep the draws of one sample apart."""
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+class Video(NamedTuple):
+    """One row of a split's index, as a reading task needs it."""
+
+    sample: int
+    shard: str
+    key: str
+    label: int
+    offset: int
+    size: int
+    frames: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one reading task reads: videos in the order of use; `None` is padding."""
+
+    epoch: int | None
+    """Epoch whose random draws hold; `None`: testing, nothing is random."""
+    videos: tuple[Video | None, ...]
+
+
+def parts_of(index: SplitIndex, samples: npt.NDArray[np.int64], per_part: int, *, epoch: int | None) -> Iterator[Part]:
+    """Cut a sequence of sample numbers into parts of `per_part` videos (the last may be shorter)."""
+    for start in range(0, len(samples), per_part):
+        yield Part(epoch, tuple(_video(index, int(s)) for s in samples[start : start + per_part]))
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """How the videos of a packed set become clips; it travels to the reading tasks."""
+
+    filesystem: Any
+    """`pyarrow.fs.FileSystem` of the packed set."""
+    root: str
+    """Path of the packed set on it."""
+    data: DataConfig
+    seed: int
+    clips: int = 1
+    """Temporal views in testing."""
+    crops: int = 1
+    """Spatial views in testing."""
+
+    @property
+    def views(self) -> int:
+        """Rows of one video in testing (1 in training)."""
+        return self.clips * self.crops
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one row's clip."""
+        return self.data.frames * self.data.size**2 * 3
+
+    def read(self, part: Part) -> Columns:
+        """Read, decode, crop and resize the videos of a part.
+
+        Returns:
+            `clip` uint8 [R, T, H, W, 3]; `label` int64 [R] (-1: none); `weight` float32 [R] (0: padding or unreadable);
+            `sample` int64 [R] (-1: padding); `error` str [R] (`shard\\tkey\\treason` or empty).
+
+        Raises:
+            OSError: the storage does not give the bytes, after its own retries.
+        """
+        views = 1 if part.epoch is not None else self.views
+        rows, size = len(part.videos) * views, self.data.size
+        out: Columns = {
+            "clip": np.zeros((rows, self.data.frames, size, size, 3), np.uint8),
+            "label": np.full(rows, -1, np.int64),
+            "weight": np.zeros(rows, np.float32),
+            "sample": np.full(rows, PADDING, np.int64),
+            "error": np.full(rows, "", object),
+        }
+        for number, (video, content) in enumerate(self._contents(part.videos)):
+            place = slice(number * views, (number + 1) * views)
+            out["label"][place], out["sample"][place] = video.label if video else -1, video.sample if video else PADDING
+            if video is None:
+                continue
+            try:
+                self._decode(video, content, part.epoch, out["clip"][place])
+                out["weight"][place] = 1
+            except DecodeError as error:
+                out["clip"][place] = 0
+                out["error"][place] = f"{video.shard}\t{video.key}\t{error}"
+        return out
+
+    def _contents(self, videos: Iterable[Video | None]) -> Iterator[tuple[Video | None, bytes]]:
+        state = pickle.dumps(self.filesystem)
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            jobs = [(v, pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None) for v in videos]
+            for video, job in jobs:
+                yield video, job.result() if job else b""
+
+    def _decode(self, video: Video, content: bytes, epoch: int | None, out: npt.NDArray[np.uint8]) -> None:
+        """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""
+        plans = list(self._views(video, epoch))
+        places: dict[int, list[tuple[int, int]]] = {}
+        for view, (numbers, _) in enumerate(plans):
+            for place, number in enumerate(numbers):
+                places.setdefault(int(number), []).append((view, place))
+        for number, frame in decode_frames(content, sorted(places), decoder=self.data.decoder):
+            done: dict[Box, npt.NDArray[np.uint8]] = {}
+            for view, place in places[number]:
+                box = plans[view][1]
+                if box not in done:
+                    done[box] = crop_resize(frame, box, self.data.size)
+                out[view, place] = done[box]
+
+    def _views(self, video: Video, epoch: int | None) -> Iterator[tuple[npt.NDArray[np.int64], Box]]:
+        data = self.data
+        if epoch is not None:
+            rng = generator(self.seed, epoch, video.sample, FRAMES)
+            numbers = frame_numbers(video.frames, data.frames, sampling=data.sampling, stride=data.stride, rng=rng)
+            rng = generator(self.seed, epoch, video.sample, CROPS)
+            yield (
+                numbers,
+                random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=data.flip, rng=rng),
+            )
+            return
+        for clip in range(self.clips):
+            numbers = frame_numbers(
+                video.frames, data.frames, sampling=data.sampling, stride=data.stride, view=clip, views=self.clips
+            )
+            for crop in range(self.crops):
+                yield numbers, centre_box(video.height, video.width, crop=crop, crops=self.crops)
+
+
+def _video(index: SplitIndex, sample: int) -> Video | None:
+    if sample == PADDING:
+        return None
+    return Video(
+        sample=sample,
+        shard=index.shards[index.shard[sample]],
+        key=str(index.key[sample]),
+        **{name: int(getattr(index, name)[sample]) for name in ("label", "offset", "size", "frames", "width", "height")},
+    )
+
+
+@lru_cache(maxsize=256)
+def _open(filesystem: bytes, path: str) -> Any:
+    """An open shard, kept for the life of the reading process: byte ranges of it cost one request each."""
+    return _filesystem(filesystem).open_input_file(path)
+
+
+@lru_cache(maxsize=8)
+def _filesystem(state: bytes) -> Any:
+    return pickle.loads(state)  # noqa: S301  (what this very process, or its driver, pickled; never bytes from storage)
+
+
+def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes:
+    content: bytes = _open(filesystem, path).read_at(size, offset)
+    if len(content) != size:
+        raise OSError(f"{path}: {size} bytes wanted at {offset}, {len(content)} came; the shard is truncated (jobs.check tells)")
+    return content

@@ -1,0 +1,146 @@
+"""Batches of a run, by plan.
+
+Comes in: the index of a packed set, a `World`, and `pull`, which says how parts are read (Ray Data: `on_ray.stream`; threads of
+this process: `read_here`). Goes out: micro batches in the planned order, the same number on every rank.
+
+What is read is decided here alone, and it does not depend on how it is read: samples of a step are the next `global_batch` of
+the epoch's order (`sampling`), less what was used before a restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vidfuse.config import Config
+from vidfuse.data.batch import Batch, SampleError
+from vidfuse.data.clips import ClipReader, Columns, Part, parts_of
+from vidfuse.data.sampling import Samples, World, epoch_order, rank_rows, steps_of
+from vidfuse.data.shards import Manifest, SplitIndex
+
+Pull = Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]
+"""(reader, parts, rows) -> columns of `rows` rows each, in the order of the parts; the last may be shorter."""
+
+PARTS_AT_ONCE = 512
+"""Epochs are streamed without a pause between them until a stream has this many parts."""
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """An opened packed set: its manifest and the index of the splits in use."""
+
+    filesystem: object
+    root: str
+    manifest: Manifest
+    indices: dict[str, SplitIndex]
+
+
+class Feed:
+    """Training steps and validation batches of one rank."""
+
+    def __init__(self, config: Config, packed: PackedSet, world: World, pull: Pull) -> None:
+        self.config, self.packed, self.world, self._pull = config, packed, world, pull
+        self._stream: Iterator[Batch] | None = None
+        self._next_epoch = -1
+
+    @property
+    def train_samples(self) -> int:
+        """Samples of the training split."""
+        return len(self.packed.indices[self.config.data.train_split])
+
+    def order(self, epoch: int) -> Samples:
+        """The order of an epoch."""
+        return epoch_order(self.train_samples, seed=self.config.seed, epoch=epoch)
+
+    def train(self, epoch: int, left: Samples) -> Iterator[tuple[Batch, ...]]:
+        """Optimizer steps of what is left of an epoch, each as its micro batches.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            left: sample numbers still to be used, in the epoch's order.
+        """
+        if self._stream is None or self._next_epoch != epoch or len(left) != self.train_samples:
+            self._stream = self._open(epoch, left)
+        self._next_epoch = epoch + 1
+        for _ in range(steps_of(len(left), self.world.global_batch)):
+            yield tuple(next(self._stream) for _ in range(self.world.accumulation))
+
+    def score(self, split: str, *, clips: int, crops: int, micro_batch: int) -> Iterator[Batch]:
+        """Every sample of a split once, as its views, shared out over the ranks; the same number of batches on each."""
+        index = self.packed.indices[split]
+        reader = self._reader(clips, crops)
+        per_part = self._videos_per_part(reader, micro_batch)
+        world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
+        mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
+        parts = list(parts_of(index, mine, per_part, epoch=None))
+        return (_batch(columns) for columns in self._pull(reader, parts, micro_batch))
+
+    def _open(self, epoch: int, left: Samples) -> Iterator[Batch]:
+        reader = self._reader(1, 1)
+        micro = self.world.micro_batch
+        first = True
+        while epoch < self.config.train.epochs:
+            parts: list[Part] = []
+            while epoch < self.config.train.epochs and (not parts or len(parts) < PARTS_AT_ONCE):
+                mine = rank_rows(left if first else self.order(epoch), self.world).reshape(-1)
+                per_part = self._videos_per_part(reader, micro)
+                parts += parts_of(self.packed.indices[self.config.data.train_split], mine, per_part, epoch=epoch)
+                first, epoch = False, epoch + 1
+            for columns in self._pull(reader, parts, micro):
+                yield _batch(columns)
+
+    def _reader(self, clips: int, crops: int) -> ClipReader:
+        return ClipReader(self.packed.filesystem, self.packed.root, self.config.data, self.config.seed, clips, crops)
+
+    def _videos_per_part(self, reader: ClipReader, micro_batch: int) -> int:
+        """As many videos as a block holds, in whole micro batches."""
+        rows = max(self.config.data.block_bytes // reader.clip_bytes, 1)
+        step = micro_batch // math.gcd(micro_batch, reader.views)
+        return max(rows // (step * reader.views), 1) * step
+
+
+def read_here(reader: ClipReader, parts: Sequence[Part], rows: int, *, threads: int = 2) -> Iterator[Columns]:
+    """`Pull` without Ray: threads of this process read ahead (the decoder releases the interpreter's lock)."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Columns]] = deque()
+        left: list[Columns] = []
+        for part in [*parts, *[None] * threads]:
+            if part is not None:
+                waiting.append(pool.submit(reader.read, part))
+            if len(waiting) > threads or (part is None and waiting):
+                left.append(waiting.popleft().result())
+                yield from _whole(left, rows)
+        if left and len(left[0]["sample"]):
+            yield _joined(left)
+
+
+def _whole(left: list[Columns], rows: int) -> Iterator[Columns]:
+    """Take as many blocks of `rows` rows from `left` as it has; the rest stays there."""
+    columns = _joined(left)
+    count = len(columns["sample"])
+    for start in range(0, count - count % rows, rows):
+        yield {name: values[start : start + rows] for name, values in columns.items()}
+    left[:] = [{name: values[count - count % rows :] for name, values in columns.items()}] if count % rows else []
+
+
+def _joined(blocks: Sequence[Columns]) -> Columns:
+    if len(blocks) == 1:
+        return blocks[0]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _batch(columns: Columns) -> Batch:
+    errors = tuple(dict.fromkeys(SampleError(*str(e).split("\t", 2)) for e in columns["error"] if e))
+    return Batch(
+        clips=torch.from_numpy(columns["clip"]).permute(0, 1, 4, 2, 3),
+        labels=torch.from_numpy(columns["label"]),
+        weights=torch.from_numpy(columns["weight"]),
+        samples=torch.from_numpy(columns["sample"]),
+        errors=errors,
+    )

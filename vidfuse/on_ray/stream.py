@@ -1,0 +1,97 @@
+"""Parts of a plan -> Ray Data -> columns of rows in one worker, in order.
+
+Comes in: a `ClipReader` and the parts that this rank uses, in order. Goes out: blocks of exactly the rows asked for (the last may
+be shorter). Every worker has a stream of its own over its own parts: what a rank reads is decided by the plan
+(`data.sampling`), never by who is faster, so nothing is dropped, repeated or dealt out unevenly. Decoding runs as Ray tasks on
+any node with free CPUs.
+
+Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store (half of it
+in blocks being made, half in blocks that wait), plus what workers have fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import Datasource, ExecutionResources, ReadTask
+from ray.data.block import Block, BlockMetadata
+from ray.data.extensions import ArrowTensorArray
+
+from vidfuse.config import DataConfig
+from vidfuse.data.clips import ClipReader, Columns, Part
+
+
+@dataclass
+class ClipDatasource(Datasource):
+    """Ray Data's view of a plan: one read task and one block a part."""
+
+    reader: ClipReader
+    parts: Sequence[Part]
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def get_name(self) -> str:
+        """Shown in Ray's dashboard."""
+        return "Clips"
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all decoded clips."""
+        return sum(self._rows(part) for part in self.parts) * self.reader.clip_bytes
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None) -> list[ReadTask]:
+        """One task a part, whatever `parallelism` says: a block must hold whole micro batches."""
+        return [ReadTask(_read(self.reader, part), self._metadata(part), per_task_row_limit=per_task_row_limit) for part in self.parts]
+
+    def _rows(self, part: Part) -> int:
+        return len(part.videos) * (1 if part.epoch is not None else self.reader.views)
+
+    def _metadata(self, part: Part) -> BlockMetadata:
+        rows = self._rows(part)
+        return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.clip_bytes, input_files=None, exec_stats=None)
+
+
+def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]:
+    """`Pull` of one of `workers` workers, each with its share of the buffer."""
+    share = data.buffer_bytes // workers
+
+    def pull(reader: ClipReader, parts: Sequence[Part], rows: int) -> Iterator[Columns]:
+        if not parts:
+            return
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        block = max(len(part.videos) for part in parts) * reader.clip_bytes * (1 if parts[0].epoch is not None else reader.views)
+        dataset = ray.data.read_datasource(
+            ClipDatasource(reader, parts),
+            concurrency=max(share // (2 * block), 1),
+            override_num_blocks=len(parts),
+            num_cpus=data.cpus_per_task,
+            ray_remote_args={"max_retries": 5, "retry_exceptions": [OSError]},
+        )
+        context = dataset.context
+        context.enable_progress_bars = False
+        context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share, 2 * block))
+        yield from dataset.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=data.prefetch_batches)
+
+    return pull
+
+
+def _read(reader: ClipReader, part: Part) -> Callable[[], Iterator[Block]]:
+    def read() -> Iterator[Block]:
+        columns = reader.read(part)
+        arrays = {name: values for name, values in columns.items() if name not in ("clip", "error")}
+        yield pa.table(
+            {
+                "clip": ArrowTensorArray.from_numpy(columns["clip"]),
+                **{name: pa.array(values) for name, values in arrays.items()},
+                "error": pa.array(np.asarray(columns["error"], object), pa.string()),
+            }
+        )
+
+    return read

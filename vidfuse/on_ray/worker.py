@@ -1,0 +1,109 @@
+"""`Worker` over Ray Train.
+
+Comes in: Ray Train's context of one worker. Goes out: checkpoints through `ray.train.report`, records on the run's storage,
+progress to a `Monitor` actor that the driver looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from vidfuse.config import RunConfig
+from vidfuse.on_ray.storage import join, open_storage, write_json
+from vidfuse.on_ray.storage import read_json as read_stored
+from vidfuse.train.worker import CHECKPOINTS, CheckpointError, note_checkpoint
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """Where a run and its driver meet: the newest progress event one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._event: dict[str, Any] = {}
+        self._stop = False
+
+    def tell(self, event: dict[str, Any]) -> bool:
+        """A worker's event; answers whether the run is to stop."""
+        self._event = event
+        return self._stop
+
+    def latest(self) -> dict[str, Any]:
+        """The newest event; empty before the first."""
+        return self._event
+
+    def stop(self) -> None:
+        """Ask the run to end with a checkpoint."""
+        self._stop = True
+
+
+class RayWorker:
+    """One rank of a Ray Train run. Constructed inside `train_loop_per_worker`."""
+
+    def __init__(self, run: RunConfig, monitor: Any) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.machine = ray.get_runtime_context().get_node_id()
+        self.device: torch.device = ray.train.torch.get_device()
+        self._filesystem, root = open_storage(run.storage, write=True)
+        self._folder = join(root, run.name)
+        self._monitor, self._answer, self._stop = monitor, None, False
+        token = [uuid.uuid4().hex[:6]]
+        dist.broadcast_object_list(token)  # after a crash, a step is saved anew: never into the folder of the first try
+        self._token = token[0]
+
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """See `Worker`. Ray downloads it once a machine."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def save(self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float]) -> None:
+        """See `Worker`. Ray registers the checkpoint when every rank's part is on the storage, and keeps the last and the best."""
+        folder = Path(tempfile.mkdtemp(prefix="vidfuse-checkpoint-"))
+        try:
+            write(folder)
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+            place = f"{name}-{self._token}"
+            ray.train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=place)
+            if self.rank == 0:
+                record = note_checkpoint(read_stored(self._filesystem, join(self._folder, CHECKPOINTS)), place, metrics)
+                write_json(self._filesystem, join(self._folder, CHECKPOINTS), record)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {name} was not written: {error}; the one before is unharmed") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, folder: Path) -> None:
+        """See `Worker`."""
+        pyarrow.fs.copy_files(
+            str(folder), self._folder, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=self._filesystem
+        )
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        """See `Worker`; it never waits for the driver."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._answer))
+            self._answer = None
+        if self._answer is None:
+            self._answer = self._monitor.tell.remote(dict(event))
+
+    def should_stop(self) -> bool:
+        """See `Worker`; rank 0 hears it with its next progress event, the step tells the others."""
+        return self._stop

@@ -1,0 +1,101 @@
+"""A model to a DeepSpeed engine: freeze -> activation checkpointing -> ZeRO, in this order.
+
+Comes in: a recogniser (frozen streams already marked) and a `TrainConfig`. Goes out: a DeepSpeed engine, whose optimizer
+keeps fp32 weights whatever the precision of forward and backward. With `train/checkpoint.py`, the only file that imports
+deepspeed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from vidfuse.config import TrainConfig
+from vidfuse.data.sampling import World
+from vidfuse.models.recognizer import Recognizer, checkpoint_activations
+from vidfuse.train.optim import adamw
+
+Engine = deepspeed.DeepSpeedEngine
+
+
+def build_engine(
+    model: Recognizer, train: TrainConfig, world: World, device: torch.device, *, universal: bool = False
+) -> Engine:
+    """Wrap a recogniser for training. The process group exists already; all ranks call this with equal weights.
+
+    Args:
+        model: with fp32 weights, on the CPU.
+        train: precision, ZeRO stage, optimizer.
+        world: how the global batch is cut.
+        device: of this rank.
+        universal: whether a universal checkpoint is loaded next.
+
+    Raises:
+        ValueError: a precision that the device cannot do, or nothing to train.
+    """
+    check_precision(train, device)
+    _calm()
+    if train.activation_checkpointing:
+        checkpoint_activations(model)
+    model = model.to(device)
+    optimizer = adamw(model, train)
+    settings = engine_config(train, world) | ({"checkpoint": {"load_universal": True}} if universal else {})
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def engine_config(train: TrainConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's own configuration (its documentation, "DeepSpeed Configuration JSON")."""
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3:
+        # Every parameter is sharded, however small: what ZeRO-3 keeps whole differs between releases otherwise.
+        zero |= {"stage3_param_persistence_threshold": 0}
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": world.accumulation,
+        "gradient_clipping": train.clip_norm or 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16", "loss_scale": 0, "initial_scale_power": 12},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def check_precision(train: TrainConfig, device: torch.device) -> None:
+    """Refuse a precision that the device cannot do.
+
+    Raises:
+        ValueError: fp16 on a CPU (DeepSpeed has no fp16 there), bf16 on a GPU without it.
+    """
+    if train.precision == "fp16" and device.type == "cpu":
+        raise ValueError("train.precision: fp16 needs a GPU; on CPUs use bf16 or fp32")
+    if train.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"train.precision: {torch.cuda.get_device_name()} has no bf16; use fp16 or fp32")
+
+
+def set_learning_rate(engine: Engine, value: float) -> None:
+    """The learning rate of the next step, in all groups."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def loss_scale(engine: Engine) -> float:
+    """The loss scale of fp16; 1 otherwise."""
+    return float(engine.loss_scale()) if engine.fp16_enabled() else 1.0
+
+
+def _calm() -> None:
+    """Keep DeepSpeed to warnings, and off the CPU reduction that it compiles at first use (gloo does the same without g++)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        backend = dist.get_backend()
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
