@@ -2,7 +2,7 @@
 
 Comes in: a module and a source (a local file). Goes out: the module with every one of its weights replaced, or a ValueError
 that lists what did not fit. Nothing in a file is executed: safetensors, or `torch.load(weights_only=True)`. Storage URLs are
-made local files before they come here; published weights are fetched by the backbone's library inside `fetching`.
+made local files before they come here; published weights come from a hub (`from_hub`) or by their library inside `fetching`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def load(
     state = _renamed(_read(path, sha256 or stated or None), rename or {})
     state = _translated(module, state, path)
     check(module, state, said=str(path))
-    module.load_state_dict(state)
+    if not any(value.is_meta for value in module.state_dict().values()):
+        module.load_state_dict(state)
     tell(module)
 
 
@@ -94,6 +95,25 @@ def tell(module: nn.Module) -> None:
     licence = getattr(module, "licence", None)
     if licence:
         log.warning("%s", licence)
+
+
+def from_hub(repository: str, file: str = "model.safetensors") -> Path:
+    """Local copy of a file of the Hugging Face hub; one that is in the client's cache needs no network.
+
+    The client by itself repeats a failing request for 25 seconds. Here an answer is asked for once before it is left to that,
+    so that a machine without network is told at once.
+
+    Raises:
+        ValueError: the file cannot be fetched.
+    """
+    import huggingface_hub as hub
+
+    with fetching(repository, file=f"{file} of https://huggingface.co/{repository}"):
+        cached = hub.try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
+        return Path(hub.hf_hub_download(repository, file))
 
 
 @contextmanager
@@ -159,7 +179,7 @@ def _translated(module: nn.Module, state: dict[str, Tensor], path: Path) -> dict
         return state
     try:
         return translate(state)
-    except (KeyError, RuntimeError, IndexError, AttributeError) as error:
+    except (KeyError, RuntimeError, IndexError, AttributeError, AssertionError, TypeError) as error:
         raise ValueError(
             f"weights {path} look like another architecture than {type(module).__name__}: {type(error).__name__} {error}"
         ) from error

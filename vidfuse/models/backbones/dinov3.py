@@ -47,9 +47,7 @@ def build(
     """
     check_patch(size, 16)
     name = f"vit_{NAMES[variant]}_patch16_dinov3.lvd1689m"
-    with weights.fetching(name, file=f"model.safetensors of https://huggingface.co/timm/{name}"):
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, dynamic_img_size=False)
+    vit = timm.create_model(name, num_classes=0, img_size=size, dynamic_img_size=False)
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn, licence=LICENCE)
-    if pretrained:
-        weights.tell(backbone)
+    weights.load(backbone, weights.from_hub(f"timm/{name}") if pretrained else None)
     return backbone
