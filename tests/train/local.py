@@ -32,8 +32,8 @@ def config(**changes: Any) -> Config:
         "seed": 3,
         "data": {"classes": CLASSES, "frames": 4, "size": 32, "buffer_bytes": 10**8},
         "model": {
-            "semantic": {"name": "tiny_image", "frozen": True},
-            "motion": {"name": "tiny_motion", "frozen": False},
+            "semantic": {"name": "dinov3", "variant": "vits16", "frozen": True},
+            "motion": {"name": "r3d", "batch_norm":"frozen", "stage":"layer2", "frozen": False},
             "fusion": {"name": "cross_attention", "width": 32, "heads": 4, "dropout": 0.0},
         },
         "train": {

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
@@ -22,9 +21,8 @@ import torch
 import torch.distributed as dist
 
 from vidfuse.config import RunConfig
-from vidfuse.on_ray.storage import join, open_storage, write_json
-from vidfuse.on_ray.storage import read_json as read_stored
-from vidfuse.train.worker import CHECKPOINTS, CheckpointError, note_checkpoint
+from vidfuse.on_ray.runs import RunFolder
+from vidfuse.train.worker import CheckpointError, note_checkpoint
 
 
 @ray.remote(num_cpus=0)
@@ -34,6 +32,7 @@ class Monitor:
     def __init__(self) -> None:
         self._event: dict[str, Any] = {}
         self._stop = False
+        self._fault: str | None = None
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""
@@ -48,6 +47,11 @@ class Monitor:
         """Ask the run to end with a checkpoint."""
         self._stop = True
 
+    def fault(self, message: str | None = None) -> str | None:
+        """Note why a worker gave up, in words for a person; answers the first such note."""
+        self._fault = self._fault or message
+        return self._fault
+
 
 class RayWorker:
     """One rank of a Ray Train run. Constructed inside `train_loop_per_worker`."""
@@ -57,8 +61,7 @@ class RayWorker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.machine = ray.get_runtime_context().get_node_id()
         self.device: torch.device = ray.train.torch.get_device()
-        self._filesystem, root = open_storage(run.storage, write=True)
-        self._folder = join(root, run.name)
+        self._folder = RunFolder.of(run)
         self._monitor, self._answer, self._stop = monitor, None, False
         token = [uuid.uuid4().hex[:6]]
         dist.broadcast_object_list(token)  # after a crash, a step is saved anew: never into the folder of the first try
@@ -83,8 +86,7 @@ class RayWorker:
             place = f"{name}-{self._token}"
             ray.train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=place)
             if self.rank == 0:
-                record = note_checkpoint(read_stored(self._filesystem, join(self._folder, CHECKPOINTS)), place, metrics)
-                write_json(self._filesystem, join(self._folder, CHECKPOINTS), record)
+                self._folder.note(note_checkpoint(self._folder.checkpoints(), place, metrics))
         except OSError as error:
             raise CheckpointError(f"checkpoint {name} was not written: {error}; the one before is unharmed") from error
         finally:
@@ -92,9 +94,7 @@ class RayWorker:
 
     def publish(self, folder: Path) -> None:
         """See `Worker`."""
-        pyarrow.fs.copy_files(
-            str(folder), self._folder, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=self._filesystem
-        )
+        self._folder.put(folder)
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """See `Worker`; it never waits for the driver."""

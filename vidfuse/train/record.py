@@ -96,6 +96,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def surroundings() -> dict[str, str]:
     """Versions and hardware of this process."""
-    packages = {name: version(name) for name in ("vidfuse", "torch", "deepspeed", "ray")}
+    packages = {name: version(name) for name in ("torch", "deepspeed", "ray")}
     gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "none"
     return {"python": platform.python_version(), "machine": f"{platform.machine()}, GPU: {gpu}", **packages}

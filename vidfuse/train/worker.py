@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,8 @@ class LocalWorker:
         init_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.machine = platform.node()
-        local_rank = dist.get_node_local_rank(fallback_rank=self.rank)
+        local_rank = dist.get_node_local_rank(fallback_rank=0)
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it; torchrun and Ray Train set it
         self.device = device or (torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
         self._on_progress = on_progress
 

@@ -1,0 +1,265 @@
+"""Config -> Ray Train -> a trained run on its storage.
+
+Comes in: a config; Ray is initialised. Goes out: the run's figures; checkpoints and records are on `run.storage`. Giving the
+same config again continues from the last checkpoint. What can be refused is refused by `check`, before a worker starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from vidfuse.config import Config, ConfigError
+from vidfuse.data.feed import Feed, PackedSet
+from vidfuse.data.sampling import World
+from vidfuse.data.shards import DataError, check_classes, read_index, read_manifest
+from vidfuse.on_ray.runs import RunFolder
+from vidfuse.on_ray.storage import check_storage, open_storage
+from vidfuse.on_ray.stream import pull_through_ray
+from vidfuse.on_ray.worker import Monitor, RayWorker
+from vidfuse.train.checkpoint import check_matches
+from vidfuse.train.loop import run
+from vidfuse.train.run import model_of
+from vidfuse.train.worker import CheckpointError, Progress
+
+POLL_SECONDS = 0.3
+"""Between two looks at the monitor."""
+WORKERS_WITHOUT_GPU = 2
+"""Train workers where `cluster.workers` is null and the cluster has no GPU."""
+
+
+class RunFailed(RuntimeError):
+    """A run that ended by a fault; its last checkpoint is on its storage and the same command continues from it."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster gives a run."""
+
+    least: int
+    """Fewest workers."""
+    most: int
+    """Most workers."""
+    gpu: bool
+    """Whether each worker has one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Kind of device of a worker."""
+        return torch.device("cuda" if self.gpu else "cpu")
+
+
+def open_set(config: Config, *splits: str) -> PackedSet:
+    """Open the packed set of a config.
+
+    Args:
+        config: `data.url`, `data.classes`.
+        splits: to be used; default: those for training and validation.
+
+    Raises:
+        StorageError: the storage cannot be read.
+        DataError: no packed set, another number of classes, no such split.
+        ConfigError: no `data.url`.
+    """
+    data = config.data
+    if data.url is None:
+        raise ConfigError("data.url: a packed set is needed (folder or s3:// URL); python -m jobs.pack SOURCE URL makes one")
+    check_storage(data.url)
+    filesystem, root = open_storage(data.url)
+    manifest = read_manifest(filesystem, root)
+    check_classes(manifest, data.classes)
+    wanted = splits or (data.train_split, data.validation_split)
+    return PackedSet(filesystem, root, manifest, {s: read_index(filesystem, root, s, manifest=manifest) for s in wanted})
+
+
+def resources(config: Config) -> Resources:
+    """How many workers, on what; Ray is initialised.
+
+    Raises:
+        ConfigError: more workers than the cluster has room for, or a world size that cannot divide the global batch.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    wanted = config.cluster.workers
+    least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    least, most = least or gpus or WORKERS_WITHOUT_GPU, most or gpus or WORKERS_WITHOUT_GPU
+    per_worker = config.cluster.cpus_per_worker
+    room = sum(math.floor(node.get("CPU", 0) / per_worker + 1e-9) for node in nodes)
+    room = min(room, gpus) if gpus else room
+    if least > room:
+        has = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs and {gpus} GPUs on {len(nodes)} nodes"
+        raise ConfigError(
+            f"cluster.workers: {least} workers with {per_worker:g} CPUs{' and 1 GPU' if gpus else ''} each do not fit: the cluster "
+            f"has {has}, room for {room}; lower cluster.workers or cluster.cpus_per_worker, or add nodes"
+        )
+    sizes = [size for size in range(least, most + 1) if config.train.global_batch % (size * config.train.micro_batch) == 0]
+    if len(sizes) != most - least + 1:
+        raise ConfigError(
+            f"train.global_batch: {config.train.global_batch} is not divided by every allowed number of workers ({least} to {most}) "
+            f"x micro_batch {config.train.micro_batch}; it is by {', '.join(map(str, sizes)) or 'none of them'}. Change "
+            "train.global_batch, train.micro_batch or cluster.workers"
+        )
+    return Resources(least, most, gpu=bool(gpus))
+
+
+def check(config: Config) -> PackedSet:
+    """Refuse, before long work, what cannot train: storage, packed set, model, weights, or another run of the same name.
+
+    Returns:
+        The opened packed set.
+
+    Raises:
+        ConfigError, DataError, StorageError, CheckpointError: one clear message.
+    """
+    packed = open_set(config)
+    check_storage(config.run.storage, write=True)
+    check_model(config)
+    folder = RunFolder.of(config.run)
+    last = folder.checkpoints()["last"]
+    if last is not None:
+        state = folder.state(last)
+        check_matches(state, config, manifest=packed.manifest.plan, frozen=state.frozen)
+    return packed
+
+
+def check_model(config: Config) -> torch.nn.Module:
+    """The model on the meta device: options, weights files and the parameter budget are checked, nothing is allocated.
+
+    Raises:
+        ConfigError: it cannot be built, nothing is trainable, or too much is.
+    """
+    try:
+        with torch.device("meta"):
+            model = model_of(config)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    limit = config.model.max_trainable_parameters
+    if not trainable:
+        raise ConfigError("model: nothing is trainable; unfreeze a stream or take a fusion with parameters")
+    if limit is not None and trainable > limit:
+        raise ConfigError(f"model.max_trainable_parameters: {trainable:,} parameters are trainable, {limit:,} are allowed")
+    return model
+
+
+def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop: threading.Event) -> dict[str, Any]:
+    """Train.
+
+    Args:
+        config: of the run; `check` has passed.
+        facts: about the run, for its records.
+        on_progress: is given progress events, a few a second.
+        stop: set it to have the run end with a checkpoint.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        ConfigError: the cluster has no room.
+        RunFailed: the run ended by a fault that restarts did not mend.
+    """
+    room = resources(config)
+    monitor = Monitor.remote()
+    settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
+    trainer = TorchTrainer(_train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name))
+    with _following(monitor, on_progress, stop):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise RunFailed(_reason(monitor, error)) from error
+    fault = ray.get(monitor.fault.remote())
+    if fault is not None:
+        raise RunFailed(fault)
+    return RunFolder.of(config.run).json("result.json") or {}
+
+
+def ray_settings(config: Config, room: Resources, storage: str, name: str) -> dict[str, Any]:
+    """Ray Train's own settings of a run."""
+    filesystem, root = open_storage(storage, write=True)
+    workers = room.least if room.least == room.most else (room.least, room.most)
+    return {
+        "scaling_config": ScalingConfig(
+            num_workers=workers,
+            use_gpu=room.gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if room.gpu else {})},
+        ),
+        "run_config": RayRunConfig(
+            name=name,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="top1"),
+        ),
+    }
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    config = Config.model_validate(settings["config"])
+    worker = RayWorker(config.run, settings["monitor"])
+    train = config.train
+    with tempfile.TemporaryDirectory(prefix="vidfuse-run-") as folder:
+        records = Path(folder)
+        if worker.rank == 0:
+            RunFolder.of(config.run).records(records)
+        feed = Feed(
+            config,
+            open_set(config),
+            World(worker.world_size, worker.rank, train.global_batch, train.micro_batch),
+            pull_through_ray(config.data, workers=worker.world_size),
+        )
+        try:
+            run(config, worker, feed, folder=records, facts=settings["facts"])
+        except DataError as error:  # the same on every rank, and no restart mends it: end the run in order
+            ray.get(settings["monitor"].fault.remote(str(error)))
+        except CheckpointError as error:
+            ray.get(settings["monitor"].fault.remote(str(error)))
+            raise
+
+
+@contextlib.contextmanager
+def _following(monitor: Any, on_progress: Progress, stop: threading.Event) -> Iterator[None]:
+    """Carry events from the monitor to `on_progress`, and the wish to stop to the monitor, while the context is open."""
+    done = threading.Event()
+
+    def follow() -> None:
+        asked, seen = False, None
+        while not done.wait(POLL_SECONDS):
+            with contextlib.suppress(ray.exceptions.RayError):
+                if stop.is_set() and not asked:
+                    asked = True
+                    ray.get(monitor.stop.remote(), timeout=5)
+                event = ray.get(monitor.latest.remote(), timeout=5)
+                if event and event != seen:
+                    seen = event
+                    on_progress(event)
+
+    thread = threading.Thread(target=follow, name="vidfuse-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+def _reason(monitor: Any, error: TrainingFailedError) -> str:
+    with contextlib.suppress(ray.exceptions.RayError):
+        fault = ray.get(monitor.fault.remote(), timeout=5)
+        if fault:
+            return str(fault)
+    causes: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    return "; ".join(f"worker {rank}: {fault}" for rank, fault in causes.items()) or str(error)
