@@ -1,4 +1,6 @@
-"""What several tests of models need: small clips, and a loss that every output takes part in."""
+"""What several tests of models need: a small recogniser and small clips."""
+
+import copy
 
 import pytest
 import torch
@@ -6,11 +8,17 @@ import torch
 from vidfuse.models.recognizer import build_recognizer
 
 
+@pytest.fixture(scope="session")
+def built():
+    """Recognisers of this session by their arguments: drawing 29 M weights takes longer than most tests."""
+    return {}
+
+
 @pytest.fixture
-def make_recognizer():
+def make_recognizer(built):
     """A recogniser of real files at their smallest useful input; arguments replace those of `build_recognizer`."""
 
-    def make(**changes):
+    def make(*, fresh=False, **changes):
         stream = {"frozen": False, "weights": None, "options": {}}
         arguments = {
             "classes": 5,
@@ -21,7 +29,10 @@ def make_recognizer():
             "fusion": {"name": "cross_attention", "options": {"width": 32, "heads": 4}},
             "seed": 3,
         }
-        return build_recognizer(**{**arguments, **changes})
+        arguments |= changes
+        if fresh or repr(arguments) not in built:
+            built[repr(arguments)] = build_recognizer(**arguments)
+        return copy.deepcopy(built[repr(arguments)])
 
     return make
 

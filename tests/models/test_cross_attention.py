@@ -145,5 +145,5 @@ def test_refuses(options, said):
 
 
 def test_refuses_one_stream():
-    with pytest.raises(ValueError, match="joins two streams, semantic and motion, given motion.*take fusion mean or concat"):
+    with pytest.raises(ValueError, match=r"joins two streams, semantic and motion, given motion.*take fusion mean or concat"):
         select.build("fusion", "cross_attention", widths={"motion": 8})

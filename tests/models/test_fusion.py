@@ -152,5 +152,5 @@ def test_mean_without_projection_is_the_plain_mean():
     assert not list(fusion.parameters())
     want = (streams["semantic"].values.mean(1) + streams["motion"].values.mean(1)) / 2
     torch.testing.assert_close(fusion(streams).feature, want)
-    with pytest.raises(ValueError, match="semantic 24, motion 18.*give it a width"):
+    with pytest.raises(ValueError, match=r"semantic 24, motion 18.*give it a width"):
         select.build("fusion", "mean", widths=WIDTHS, width=None)

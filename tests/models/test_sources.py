@@ -23,7 +23,7 @@ def _millions(model):
 @pytest.mark.parametrize(
     ("name", "variant", "published", "width"),
     [
-        # DINOv3, arXiv:2508.10104, table of the distilled ViT family (S 21 M, S+ 29 M, B 86 M, L 300 M); timm's cards: 28.7, 85.7.
+        # DINOv3, arXiv:2508.10104, the distilled ViT family: S 21 M, S+ 29 M, B 86 M, L 300 M; timm's cards: 28.7, 85.6.
         ("dinov3", "vits16", 21.6, 384),
         ("dinov3", "vits16plus", 28.7, 384),
         ("dinov3", "vitb16", 85.6, 768),

@@ -1,0 +1,50 @@
+"""What the room is in the house: light to import, and shapes as its types say."""
+
+import subprocess
+import sys
+
+import pytest
+
+IMPORTS = """
+import sys
+import vidfuse.models
+from vidfuse.models import layers, parts, recognizer, select, weights
+heavy = {"ray", "deepspeed", "s3fs", "optuna"} & set(sys.modules)
+assert not heavy, heavy
+assert not {"timm", "torchvision"} & set(sys.modules), "libraries of backbones are imported with the backbone"
+for room in ("backbones", "fusion"):
+    for name in select.names(room):
+        select.options(room, name)
+heavy = {"ray", "deepspeed", "s3fs", "optuna"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+TYPED = """
+from jaxtyping import TypeCheckError, install_import_hook
+with install_import_hook("vidfuse.models", "beartype.beartype"):
+    import torch
+    from vidfuse.models import select
+    from vidfuse.models.layers import grid_positions
+    from vidfuse.models.parts import Tokens
+    from vidfuse.models.recognizer import build_recognizer
+    clips = torch.zeros(1, 2, 3, 112, 112, dtype=torch.uint8)
+    for name in select.names("backbones"):
+        model = build_recognizer(classes=3, frames=2, size=112, motion={"name": name}, fusion={"name": "mean"})
+        model(clips)
+    streams = {n: Tokens(torch.zeros(2, 3, 8), grid_positions(3, 1, 1), torch.ones(2, 3) > 0) for n in ("semantic", "motion")}
+    for fusion in select.names("fusion"):
+        select.build("fusion", fusion, widths={"semantic": 8, "motion": 8})(streams, return_attention=True)
+for wrong in (clips.float(), clips[0]):
+    try:
+        model(wrong)
+    except TypeCheckError:
+        continue
+    raise SystemExit("a clip of another type or shape is taken")
+"""
+
+
+@pytest.mark.parametrize("program", [IMPORTS, TYPED], ids=["imports", "typed"])
+def test_in_a_fresh_process(program):
+    """In one of its own: what is imported, and how, must not depend on other tests (nor they on this)."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
