@@ -8,6 +8,15 @@ import torch
 from vidfuse.models.recognizer import build_recognizer
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing by threads, and lose minutes to them on a shared machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def built():
     """Recognisers of this session by their arguments: drawing 29 M weights takes longer than most tests."""

@@ -38,19 +38,19 @@ def test_logits_are_float32_and_attention_comes_if_asked(make_recognizer, clips)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_computes_in_the_dtype_that_an_engine_cast_it_to(make_recognizer, clips, dtype):
-    model = make_recognizer().eval()
-    want = model(clips)
+    model, small = make_recognizer(frames=2, size=16).eval(), clips[:, :2, :, :16, :16]  # CPUs are slow at bf16 convolutions
+    want = model(small)
     model.to(dtype)
-    got = model(clips)
+    got = model(small)
     assert got.dtype == torch.float32
     assert all(n.scale.dtype == torch.float32 for n in model.normalize.values())
     torch.testing.assert_close(got, want, rtol=0.1, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_computes_under_autocast(make_recognizer, clips):
-    model = make_recognizer()
+    model = make_recognizer(frames=2, size=16)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = _loss(model, clips)
+        loss = _loss(model, clips[:, :2, :, :16, :16])
     loss.backward()
     assert loss.dtype == torch.float32 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

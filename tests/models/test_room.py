@@ -1,5 +1,6 @@
 """What the room is in the house: light to import, and shapes as its types say."""
 
+import os
 import subprocess
 import sys
 
@@ -46,5 +47,6 @@ for wrong in (clips.float(), clips[0]):
 @pytest.mark.parametrize("program", [IMPORTS, TYPED], ids=["imports", "typed"])
 def test_in_a_fresh_process(program):
     """In one of its own: what is imported, and how, must not depend on other tests (nor they on this)."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    light = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=light)
     assert done.returncode == 0, done.stderr[-3000:]

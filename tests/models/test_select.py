@@ -24,6 +24,15 @@ def test_a_new_file_is_found_and_its_options_are_checked(monkeypatch, tmp_path):
         select.build("fusion", "spin", widths={})
 
 
+def test_without_published_weights_there_is_nothing_to_fetch(monkeypatch, tmp_path):
+    (tmp_path / "plain.py").write_text("def build(*, frames, size):\n    return frames * size\n")
+    package = __import__("vidfuse.models.backbones", fromlist=["backbones"])
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    assert select.build("backbones", "plain", frames=2, size=3, pretrained=False) == 6
+    with pytest.raises(ValueError, match=r"plain has no published weights; its weights are null \(random\) or a file"):
+        select.build("backbones", "plain", frames=2, size=3, pretrained=True)
+
+
 def test_an_unknown_name_lists_the_close_one_first():
     with pytest.raises(
         ValueError, match=r"no 'cross_atention' \(did you mean cross_attention\?\); there are: cross_attention, "

@@ -75,7 +75,8 @@ def build(room: Room, name: str, **given: Any) -> nn.Module:
     Args:
         room: `backbones` or `fusion`.
         name: File name in the room, without `.py`.
-        given: What the recogniser gives (`frames`, `size`, `pretrained`; `widths`) and the component's options.
+        given: What the recogniser gives (`frames`, `size`, `pretrained`; `widths`) and the component's options. A backbone
+            without published weights has no parameter `pretrained`.
 
     Raises:
         ValueError: unknown name or option, an option that is missing or of the wrong type, or one the component refuses.
@@ -87,7 +88,10 @@ def build(room: Room, name: str, **given: Any) -> nn.Module:
     missing = [n for n, s in specs.items() if s.default is inspect.Parameter.empty and n not in extra]
     if missing:
         raise ValueError(f"{room} {name}: option {', '.join(missing)} has no default and must be given")
-    return _builder(room, name)(**given)
+    builder = _builder(room, name)
+    if "pretrained" in given and "pretrained" not in inspect.signature(builder).parameters and given.pop("pretrained"):
+        raise ValueError(f"{room} {name} has no published weights; its weights are null (random) or a file")
+    return builder(**given)
 
 
 def check_options(room: Room, name: str, given: Mapping[str, Any]) -> None:
