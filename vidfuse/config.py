@@ -97,7 +97,9 @@ class DataConfig(Section):
         for name, low, high in (("crop_area", 0.0, 1.0), ("crop_aspect", 0.0, 10.0)):
             a, b = getattr(self, name)
             if not low < a <= b <= high:
-                raise ValueError(f"{name} is (smallest, largest) with {low:g} < smallest <= largest <= {high:g}, given ({a:g}, {b:g})")
+                raise ValueError(
+                    f"{name} is (smallest, largest) with {low:g} < smallest <= largest <= {high:g}, given ({a:g}, {b:g})"
+                )
         return self
 
 

@@ -32,8 +32,8 @@ def config(**changes: Any) -> Config:
         "seed": 3,
         "data": {"classes": CLASSES, "frames": 4, "size": 32, "buffer_bytes": 10**8},
         "model": {
-            "semantic": {"name": "dinov3", "variant": "vits16", "frozen": True},
-            "motion": {"name": "r3d", "batch_norm":"frozen", "stage":"layer2", "frozen": False},
+            "semantic": {"name": "tiny_image", "frozen": True},
+            "motion": {"name": "tiny_motion", "frozen": False},
             "fusion": {"name": "cross_attention", "width": 32, "heads": 4, "dropout": 0.0},
         },
         "train": {
@@ -138,6 +138,7 @@ class CrashingFeed(Feed):
 
 def execute(job: Job) -> Result | None:
     """Run a job in this process (a rank of the process group, if there is one)."""
+    torch.set_num_threads(1)
     worker = LocalWorker(job.folder)
     train = job.config.train
     world = World(worker.world_size, worker.rank, train.global_batch, train.micro_batch)
@@ -150,7 +151,6 @@ def execute(job: Job) -> Result | None:
 
 
 def _rank(rank: int, world_size: int, store: str, jobs: Sequence[Job]) -> list[Any]:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     try:
         return [execute(job) for job in jobs]

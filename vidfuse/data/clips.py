@@ -185,5 +185,7 @@ def _filesystem(state: bytes) -> Any:
 def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes:
     content: bytes = _open(filesystem, path).read_at(size, offset)
     if len(content) != size:
-        raise OSError(f"{path}: {size} bytes wanted at {offset}, {len(content)} came; the shard is truncated (jobs.check tells)")
+        raise OSError(
+            f"{path}: {size} bytes wanted at {offset}, {len(content)} came; the shard is truncated (jobs.check tells)"
+        )
     return content

@@ -171,10 +171,15 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
         ConfigError: the cluster has no room.
         RunFailed: the run ended by a fault that restarts did not mend.
     """
+    done = finished(config)
+    if done is not None:
+        return done
     room = resources(config)
     monitor = Monitor.remote()
     settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
-    trainer = TorchTrainer(_train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name))
+    trainer = TorchTrainer(
+        _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
+    )
     with _following(monitor, on_progress, stop):
         try:
             trainer.fit()
@@ -184,6 +189,14 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     if fault is not None:
         raise RunFailed(fault)
     return RunFolder.of(config.run).json("result.json") or {}
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+    """The figures of a run that has already done what the config asks for; `None`: there is something to do."""
+    result = RunFolder.of(config.run).json("result.json")
+    done = result is not None and result["state"] != "stopped" and result["epochs"] >= config.train.epochs
+    early = result is not None and result["state"] == "stopped_early"
+    return result if done or early else None
 
 
 def ray_settings(config: Config, room: Resources, storage: str, name: str) -> dict[str, Any]:

@@ -44,9 +44,14 @@ class ClipDatasource(Datasource):
         """Bytes of all decoded clips."""
         return sum(self._rows(part) for part in self.parts) * self.reader.clip_bytes
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None) -> list[ReadTask]:
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
+    ) -> list[ReadTask]:
         """One task a part, whatever `parallelism` says: a block must hold whole micro batches."""
-        return [ReadTask(_read(self.reader, part), self._metadata(part), per_task_row_limit=per_task_row_limit) for part in self.parts]
+        return [
+            ReadTask(_read(self.reader, part), self._metadata(part), per_task_row_limit=per_task_row_limit)
+            for part in self.parts
+        ]
 
     def _rows(self, part: Part) -> int:
         return len(part.videos) * (1 if part.epoch is not None else self.reader.views)
@@ -64,7 +69,9 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
         if not parts:
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        block = max(len(part.videos) for part in parts) * reader.clip_bytes * (1 if parts[0].epoch is not None else reader.views)
+        block = (
+            max(len(part.videos) for part in parts) * reader.clip_bytes * (1 if parts[0].epoch is not None else reader.views)
+        )
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
             concurrency=max(share // (2 * block), 1),

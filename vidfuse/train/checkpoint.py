@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,7 @@ def restore(engine: Engine, folder: Path, shards: Path) -> None:
     Raises:
         CheckpointError: files are missing or damaged.
     """
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             path, _ = engine.load_checkpoint(str(shards.parent), tag=shards.name, load_module_strict=False)
@@ -150,6 +151,7 @@ def restore(engine: Engine, folder: Path, shards: Path) -> None:
     if path is None:
         raise CheckpointError(f"checkpoint {folder.name} cannot be loaded: DeepSpeed's files are missing below {ZERO}/")
     _load_buffers(engine.module, load_file(folder / WEIGHTS))
+    _mend(engine, groups)
 
 
 def shards_of(folder: Path, *, elsewhere: bool, machine: str) -> Path:
@@ -222,6 +224,20 @@ def trainable_tensors(engine: Engine) -> dict[str, Tensor]:
     parameters = {name: _whole(p).float() for name, p in model.named_parameters() if name in wanted}
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers() if name in wanted}
     return {name: tensor.cpu().contiguous().clone() for name, tensor in {**parameters, **buffers}.items()}
+
+
+def _mend(engine: Engine, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give each parameter group its own settings and each state its own step count.
+
+    Loading a universal checkpoint under ZeRO-3, DeepSpeed 0.19.8 gives the first group's weight decay to all groups, and one
+    step tensor to all states, which then counts once for each of them (`load_hp_checkpoint_state_from_checkpoint_dir_stage3`).
+    """
+    for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for state in inner.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _whole(parameter: Tensor) -> Tensor:

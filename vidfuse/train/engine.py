@@ -62,7 +62,8 @@ def engine_config(train: TrainConfig, world: World) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": train.precision == "bf16"},
         "fp16": {"enabled": train.precision == "fp16", "loss_scale": 0, "initial_scale_power": 12},
-        "data_types": {"grad_accum_dtype": "fp32"},
+        # Without ZeRO, DeepSpeed accumulates in the dtype of the model only.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if train.zero_stage else {}),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,

@@ -75,7 +75,9 @@ class Ledger:
         ledger = cls(shards, int(record["epoch"]))
         strange = sorted(set(record["used"]) - set(shards))
         if strange:
-            raise ValueError(f"the ledger is of another manifest: it names {', '.join(strange[:5])}, which this split does not have")
+            raise ValueError(
+                f"the ledger is of another manifest: it names {', '.join(strange[:5])}, which this split does not have"
+            )
         for shard, start, stop in ledger._places():
             word = record["used"].get(shard)
             if word == "all":

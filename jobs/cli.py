@@ -1,0 +1,157 @@
+"""What all jobs share: the command line, printing, the live line, exit codes. The only place of `print` and `os.environ`.
+
+Exit codes: 0 done; 1 the job ran and failed or found faults; 2 bad input, said in one message before long work; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from vidfuse import presets
+from vidfuse.config import Config, ConfigError, override, read_file
+
+
+# Said at every import on a machine without a GPU, where it is no news.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
+def parser(doc: str | None, *, config: bool = False) -> argparse.ArgumentParser:
+    """A job's argument parser; `config`: with --preset, --config, --set and --dry-run."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if config:
+        source = made.add_mutually_exclusive_group(required=True)
+        source.add_argument("--preset", help=f"a named config: {', '.join(sorted(presets.PRESETS))}")
+        source.add_argument("--config", metavar="FILE", help="a config file, such as the config.yaml of a run")
+        made.add_argument("--dry-run", action="store_true", help="resolve and check everything, print the plan, train nothing")
+        add_set(made)
+    return made
+
+
+def add_set(made: argparse.ArgumentParser) -> None:
+    """Add --set."""
+    made.add_argument(
+        "--set", metavar="a.b=value", nargs="+", action="extend", default=[], help="override fields of the config"
+    )
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """The config that --preset, --config and --set ask for."""
+    base = read_file(options.config) if options.config else presets.get(options.preset)
+    return override(base, options.set)
+
+
+def main(job: Callable[[], int]) -> NoReturn:
+    """Run a job's `main` and leave with its exit code; people's mistakes become one message, not a traceback."""
+    from vidfuse.data.shards import DataError
+    from vidfuse.on_ray.fit import RunFailed
+    from vidfuse.on_ray.storage import StorageError
+    from vidfuse.train.worker import CheckpointError
+
+    try:
+        code = job()
+    except (ConfigError, DataError, StorageError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def say(line: str = "") -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def start_ray(**options: Any) -> None:
+    """Join the cluster that RAY_ADDRESS names (a submitted job's own), or start one on this machine."""
+    import ray
+
+    # A worker that starts is a new process that imports torch and deepspeed; on a busy machine that takes its time.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    ray.init(
+        address=address or "local",
+        logging_level=logging.ERROR,
+        log_to_driver=bool(os.environ.get("VIDFUSE_WORKER_LOGS")),
+        **({} if address else {"include_dashboard": False, **options}),
+    )
+
+
+def facts() -> dict[str, str]:
+    """What the records say of how a run was started: git revision, command, date."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False)
+    return {
+        "git_revision": git.stdout.strip() or "unknown",
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    }
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else sys.argv[0]
+
+
+def stop_event() -> threading.Event:
+    """An event that SIGTERM sets (a submitted job that is stopped, a preempted machine); a second one ends the process."""
+    event = threading.Event()
+
+    def handle(number: int, _: object) -> None:
+        if event.is_set():
+            sys.exit(128 + number)
+        event.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    return event
+
+
+class ProgressLine:
+    """How far a run is: one live line on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, name: str, every_seconds: float = 10.0) -> None:
+        self._name, self._every, self._last, self._live = name, every_seconds, 0.0, sys.stdout.isatty()
+        self._width = 0
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show an event of `train.worker.Worker.progress`."""
+        judged = "top1" in event
+        if not self._live and not judged and time.monotonic() - self._last < self._every:
+            return
+        self._last = time.monotonic()
+        line = describe(self._name, event)
+        if self._live:
+            print("\r" + line.ljust(self._width), end="\n" if judged else "", flush=True)
+            self._width = 0 if judged else len(line)
+        else:
+            say(line)
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live and self._width:
+            print(flush=True)
+
+
+def describe(name: str, event: Mapping[str, Any]) -> str:
+    """An event in words."""
+    parts = [f"{name}  epoch {event['epoch']}/{event['epochs']}  step {event['step']}/{event['steps']}"]
+    parts += [f"{key} {event[key]:.4f}" for key in ("loss", "top1") if key in event]
+    parts.append(f"{event['clips_per_second']:.1f} clips/s  data wait {100 * event['data_wait_fraction']:.0f} %")
+    if event.get("eta_seconds") is not None:
+        minutes, seconds = divmod(int(event["eta_seconds"]), 60)
+        parts.append(f"eta {minutes}:{seconds:02d}")
+    return "  ".join(parts)

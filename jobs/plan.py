@@ -1,0 +1,33 @@
+"""What `--dry-run` prints of a training."""
+
+from __future__ import annotations
+
+from jobs import cli
+from vidfuse.config import Config
+from vidfuse.on_ray import fit
+from vidfuse.train import plan
+
+
+def show(config: Config) -> None:
+    """Print the resolved config and what it comes to.
+
+    Raises:
+        ConfigError, DataError, StorageError: as training would.
+    """
+    cli.say(config.to_yaml())
+    model = fit.check_model(config)
+    for line in plan.parameter_lines(model):
+        cli.say(line)
+    wanted = config.cluster.workers or fit.WORKERS_WITHOUT_GPU
+    least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    cli.say(f"\nglobal batch {config.train.global_batch}")
+    for line in plan.batch_lines(config, range(least, most + 1)):
+        cli.say(f"  {line}")
+    if config.data.url is None:
+        cli.say("\nsteps: not known without data.url")
+    else:
+        packed = fit.check(config)
+        cli.say("\n" + plan.steps_line(config, packed.manifest.splits[config.data.train_split].samples))
+    cli.say("\nmemory estimate")
+    for workers in sorted({least, most}):
+        cli.say(f"  {plan.memory_line(plan.memory(config, model, workers), workers)}")

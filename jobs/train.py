@@ -1,0 +1,37 @@
+"""Train a recogniser; the same command again continues from the last checkpoint.
+
+python -m jobs.train --preset NAME --set data.url=URL run.storage=URL run.name=NAME
+python -m jobs.train --preset NAME --dry-run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jobs import cli, plan
+from vidfuse.on_ray import fit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = cli.parser(__doc__, config=True).parse_args(argv)
+    config = cli.config_of(options)
+    if options.dry_run:
+        plan.show(config)
+        return 0
+    fit.check(config)
+    stop = cli.stop_event()
+    cli.start_ray()
+    line = cli.ProgressLine(config.run.name)
+    try:
+        result = fit.fit(config, facts=cli.facts(), on_progress=line, stop=stop)
+    finally:
+        line.close()
+    folder = f"{config.run.storage}/{config.run.name}"
+    cli.say(
+        f"{result['state']} after {result['steps']} steps: top-1 {result.get('top1', float('nan')):.4f}, report {folder}/report.html"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,47 @@
+"""Fixtures that every room may use: a real S3 server and a real Ray cluster, each started once a session, on first use."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import support
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[support.ObjectStore]:
+    """An S3 server on loopback; AWS_* of this process point to it."""
+    with support.object_store(tmp_path_factory.mktemp("s3")) as store, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A Ray cluster of two CPUs on this machine, connected; its address. AWS_* are those at its start: ask for `s3` first."""
+    import ray
+
+    if any("s3" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("s3")
+    scratch = Path(tempfile.mkdtemp(prefix="vfr-", dir="/tmp"))  # a short path: Ray's sockets live below it
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=str(scratch),
+        object_store_memory=512 * 1024**2,
+        runtime_env={"env_vars": {"PYTHONPATH": str(support.REPO)}},
+    )
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,217 @@
+"""Both decoders against the same reference: pictures that show their index, real files, and broken ones."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.support import make_video, shared_data, shown_index
+from vidfuse.data import decode
+from vidfuse.data.decode import DECODERS, DecodeError, decode_frames, probe
+
+SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov")
+B_FRAMES = {"bf": "3", "g": "12"}
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request):
+    return request.param
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_each_frame_is_the_one_asked_for(decoder, suffix):
+    video = make_video(40, suffix=suffix)
+    wanted = [39, 0, 7, 7, 23]
+    found = dict(decode_frames(video, wanted, decoder=decoder))
+    assert list(found) == [0, 7, 23, 39]
+    assert {index: shown_index(frame) for index, frame in found.items()} == {index: index for index in found}
+    assert all(frame.shape == (96, 128, 3) and frame.dtype == np.uint8 for frame in found.values())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_b_frames_come_in_presentation_order(decoder, suffix):
+    video = make_video(40, suffix=suffix, options={**B_FRAMES, **({} if suffix == "avi" else {"preset": "medium"})})
+    assert [shown_index(frame) for _, frame in decode_frames(video, range(40), decoder=decoder)] == list(range(40))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_probe_counts_what_is_there(decoder, suffix):
+    info = probe(make_video(31, suffix=suffix, fps=15), decoder=decoder)
+    assert (info.frames, info.width, info.height) == (31, 128, 96)
+    assert info.fps == pytest.approx(15, rel=0.02)
+    assert info.duration == pytest.approx(31 / 15, abs=0.1)
+
+
+def test_frames_are_rgb(decoder):
+    first = dict(decode_frames(make_video(255), [254], decoder=decoder))[254]
+    assert shown_index(first) == 254
+    red = _coloured()
+    assert np.allclose(dict(decode_frames(red, [0], decoder=decoder))[0].mean((0, 1)), (200, 30, 30), atol=12)
+
+
+def _coloured() -> bytes:
+    import io
+
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        picture = np.full((64, 64, 3), (200, 30, 30), dtype=np.uint8)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def test_nothing_wanted_reads_nothing(decoder):
+    assert list(decode_frames(b"no video", [], decoder=decoder)) == []
+
+
+def test_decoding_stops_after_the_last_wanted_frame():
+    video = make_video(60, suffix="avi")
+    cut = video[: len(video) * 3 // 4]
+    assert [index for index, _ in decode_frames(cut, [0, 10])] == [0, 10]
+    with pytest.raises(DecodeError):
+        list(decode_frames(cut, [0, 59]))
+
+
+def test_a_frame_that_is_not_there(decoder):
+    with pytest.raises(DecodeError, match="frame 12 is wanted, the video has 12"):
+        list(decode_frames(make_video(12), [3, 12], decoder=decoder))
+
+
+def test_negative_frames_and_unknown_decoders_are_the_callers_mistake():
+    with pytest.raises(ValueError, match="counted from 0, wanted -1"):
+        decode_frames(make_video(4), [-1])
+    with pytest.raises(ValueError, match="unknown decoder 'ffmpeg'; there are pyav, decord"):
+        probe(b"", decoder="ffmpeg")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"no video at all" * 99, bytes(5000)])
+def test_bytes_that_are_no_video(content):
+    for call in (lambda: probe(content), lambda: list(decode_frames(content, [0]))):
+        with pytest.raises(DecodeError) as error:
+            call()
+        assert str(error.value)
+
+
+def test_audio_alone_is_no_video():
+    import io
+
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(DecodeError, match="no video stream"):
+        probe(out.getvalue())
+
+
+def test_caps(monkeypatch, decoder):
+    video = make_video(12)
+    monkeypatch.setattr(decode, "MAX_FRAMES", 11)
+    with pytest.raises(DecodeError, match="11"):
+        probe(video, decoder=decoder)
+    monkeypatch.undo()
+    monkeypatch.setattr(decode, "MAX_PIXELS", 128 * 96 - 1)
+    with pytest.raises(DecodeError, match="128 x 96 pixels"):
+        probe(video, decoder=decoder)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_cut_off_videos_are_found(suffix):
+    video = make_video(40, suffix=suffix)
+    for share in (0.05, 0.3, 0.5, 0.7, 0.9):
+        with pytest.raises(DecodeError):
+            probe(video[: int(share * len(video))])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_broken_bytes_raise_nothing_but_decode_errors(suffix):
+    video = make_video(30, suffix=suffix)
+    draw = random.Random(suffix)
+    refused = 0
+    for _ in range(60):
+        try:
+            info = probe(_mutated(video, draw))
+            assert 0 < info.frames <= 90
+        except DecodeError as error:
+            refused += 1
+            assert 0 < len(str(error)) < 400
+    assert refused > 20
+
+
+def _mutated(video: bytes, draw: random.Random) -> bytes:
+    broken = bytearray(video)
+    kind = draw.choice(("cut", "flip", "zero", "head"))
+    if kind == "cut":
+        return bytes(broken[: draw.randrange(len(broken))])
+    if kind == "zero":
+        start = draw.randrange(len(broken))
+        broken[start : start + 1000] = bytes(len(broken[start : start + 1000]))
+    for _ in range({"flip": 20, "head": 8}.get(kind, 0)):
+        broken[draw.randrange(600 if kind == "head" else len(broken))] ^= 1 << draw.randrange(8)
+    return bytes(broken)
+
+
+# --- real files ---
+
+
+def test_reference_frames_of_torchcodec(decoder):
+    import torch
+
+    folder = shared_data("reference/torchcodec_nasa")
+    reference = {
+        int(file.stem[-6:]): torch.load(file, weights_only=True).numpy()
+        for file in folder.glob("nasa_13013.mp4.stream3.frame*.pt")
+    }
+    video = (folder / "nasa_13013.mp4").read_bytes()
+    found = dict(decode_frames(video, list(reference), decoder=decoder))
+    assert found.keys() == reference.keys()
+    for index, frame in found.items():
+        assert np.abs(frame.astype(int) - reference[index]).max() <= 3, index
+
+
+@pytest.mark.parametrize("name", ["video_0.mov", "video_90.mov", "video_180.mov", "video_270.mov"])
+def test_rotated_videos_have_the_size_they_are_shown_in(decoder, name):
+    folder = shared_data("awkward")
+    video = (folder / name).read_bytes()
+    frame = dict(decode_frames(video, [0], decoder=decoder))[0]
+    info = probe(video, decoder=decoder)
+    assert frame.shape[:2] == (info.height, info.width)
+    turned = name in ("video_90.mov", "video_270.mov")
+    assert (info.height > info.width) == turned
+
+
+def test_decoders_agree_on_real_files():
+    """Also on which way rotated ones are turned: decord reads the rotation by itself."""
+    folder = shared_data("realclips")
+    files = [*sorted(folder.glob("*/*_g01_c01.avi")), *(shared_data("awkward") / f"video_{d}.mov" for d in (0, 90, 180, 270))]
+    for file in files:
+        video = file.read_bytes()
+        wanted = [0, 1, probe(video).frames - 1]
+        pair = [dict(decode_frames(video, wanted, decoder=name)) for name in DECODERS]
+        for index in pair[0]:
+            assert np.abs(pair[0][index].astype(int) - pair[1][index]).mean() < 0.1, (file.name, index)
+
+
+@pytest.mark.parametrize(
+    "name", ["av1_video.mkv", "bt709_full_range.mp4", "h264_10bits.mp4", "h265_video.mp4", "unordered.mov"]
+)
+def test_awkward_files_decode(name):
+    video = (shared_data("awkward") / name).read_bytes()
+    info = probe(video)
+    assert list(dict(decode_frames(video, range(info.frames)))) == list(range(info.frames))
+
+
+def test_a_corrupted_file_is_refused():
+    with pytest.raises(DecodeError):
+        probe((shared_data("awkward") / "corrupted.mp4").read_bytes())

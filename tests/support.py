@@ -1,0 +1,192 @@
+"""Helpers of the tests: small real videos, data sets in their distributed layouts, an S3 server, shared test data."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import io
+import json
+import os
+import select
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+CODECS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "libx264", "mov": "libx264"}
+_BITS = 8
+_BLOCK = 16
+
+# --- videos ---
+
+
+def make_video(
+    frames: int = 12,
+    *,
+    suffix: str = "mp4",
+    width: int = _BITS * _BLOCK,
+    height: int = 96,
+    fps: int = 12,
+    seed: int = 0,
+    options: Mapping[str, str] | None = None,
+) -> bytes:
+    """A real encoded video over noise; each frame shows its index (0..255) as eight black or white squares at the top."""
+    out = io.BytesIO()
+    with av.open(out, "w", format={"mkv": "matroska"}.get(suffix, suffix)) as container:
+        stream = container.add_stream(CODECS[suffix], rate=fps, options={**_fast(suffix), **(options or {})})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_picture(index, width, height, seed), format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def shown_index(frame: np.ndarray) -> int:
+    """The index that a frame of `make_video` shows."""
+    squares = [frame[4 : _BLOCK - 4, bit * _BLOCK + 4 : (bit + 1) * _BLOCK - 4].mean() for bit in range(_BITS)]
+    return sum(1 << bit for bit, square in enumerate(squares) if square > 127)
+
+
+def _fast(suffix: str) -> dict[str, str]:
+    return {"webm": {"deadline": "realtime", "cpu-used": "8"}, "avi": {"qscale": "4"}}.get(suffix, {"preset": "ultrafast"})
+
+
+def _picture(index: int, width: int, height: int, seed: int) -> np.ndarray:
+    coarse = np.random.default_rng([seed, index // 4]).integers(60, 196, (height // 8, width // 8, 3), dtype=np.uint8)
+    picture = np.kron(coarse, np.ones((8, 8, 1), dtype=np.uint8))
+    for bit in range(_BITS):
+        picture[:_BLOCK, bit * _BLOCK : (bit + 1) * _BLOCK] = 255 * (index >> bit & 1)
+    return picture
+
+
+# --- data sets as they are distributed ---
+
+CLASSES = ("Pushing [something] left", "Pushing [something] right", "Lifting [something]")
+
+
+def make_ssv2(folder: Path, counts: Mapping[str, int], *, seed: int = 0, frames: int = 10, fps: int = 12) -> Path:
+    """A folder in the layout of Something-Something-V2 with `counts` videos in each split; every fourth is an mp4."""
+    videos = folder / "20bn-something-something-v2"
+    (folder / "labels").mkdir(parents=True, exist_ok=True)
+    videos.mkdir(exist_ok=True)
+    write_json(
+        folder / "labels/labels.json", {name.replace("[", "").replace("]", ""): str(i) for i, name in enumerate(CLASSES)}
+    )
+    number = 0
+    for split, count in counts.items():
+        entries = []
+        for _ in range(count):
+            number += 1
+            suffix = "mp4" if number % 4 == 0 else "webm"
+            content = make_video(frames + number % 3, suffix=suffix, seed=seed + number, fps=fps)
+            (videos / f"{1000 + number}.{suffix}").write_bytes(content)
+            template = CLASSES[number % len(CLASSES)]
+            entry = {"id": str(1000 + number)}
+            if split != "test":
+                entry |= {"label": template.replace("[something]", "a cup").lower(), "template": template}
+            entries.append(entry)
+        write_json(folder / f"labels/{split}.json", entries)
+    return folder
+
+
+def make_ucf101(folder: Path, classes: Sequence[str] = ("Archery", "Yoga"), *, per_class: int = 3) -> Path:
+    """A folder in the layout of UCF101; the last video of each class is in the test list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = [], []
+    for number, name in enumerate(classes, start=1):
+        (folder / name).mkdir()
+        for group in range(1, per_class + 1):
+            path = f"{name}/v_{name}_g{group:02d}_c01.avi"
+            (folder / path).write_bytes(make_video(8, suffix="avi", seed=100 * number + group))
+            (test if group == per_class else train).append(path if group == per_class else f"{path} {number}")
+    (folder / "classInd.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(classes, start=1)))
+    (folder / "trainlist01.txt").write_text("\n".join(train) + "\n")
+    (folder / "testlist01.txt").write_text("\n".join(test) + "\n")
+    return folder
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+def shared_data(path: str) -> Path:
+    """A file or folder of the shared test data; skips the test where there is none."""
+    root = Path(os.environ.get("VIDFUSE_TEST_DATA") or REPO.parent / "shared/data")
+    if not (root / path).exists():
+        pytest.skip(f"no {path} in {root}; VIDFUSE_TEST_DATA names the folder of shared test data")
+    return root / path
+
+
+# --- an S3 server ---
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running S3 server with a bucket."""
+
+    endpoint: str
+    key: str
+    secret: str
+    bucket: str
+    pid: int
+    """Of the server itself: SIGKILL it for an outage that lasts."""
+    program: subprocess.Popen[str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use the server."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def url(self, name: str = "place") -> str:
+        """A fresh `s3://` prefix."""
+        return f"s3://{self.bucket}/{name}-{uuid.uuid4().hex[:12]}"
+
+
+@contextlib.contextmanager
+def object_store(folder: Path, *, port: int = 0, bucket: str = "vidfuse-test") -> Iterator[ObjectStore]:
+    """Start `cluster/local/object_store.py` with its data in `folder`; it dies with this process."""
+    command = [sys.executable, str(REPO / "cluster/local/object_store.py"), "--dir", str(folder), "--port", str(port)]
+    program = subprocess.Popen([*command, "--bucket", bucket, "--with-parent"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert program.stdout is not None
+        if not select.select([program.stdout], [], [], 120)[0]:
+            raise RuntimeError("the S3 server was not ready after 120 seconds")
+        ready = json.loads(program.stdout.readline())
+        ini = configparser.ConfigParser(interpolation=None)
+        ini.read(ready["credentials_file"])
+        keys = ini["default"]
+        yield ObjectStore(
+            ready["endpoint"], keys["aws_access_key_id"], keys["aws_secret_access_key"], bucket, ready["pid"], program
+        )
+    finally:
+        program.terminate()
+        program.wait(20)
+
+
+# --- commands ---
+
+
+def run_job(name: str, *arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m jobs.<name>` from the repository's root."""
+    return subprocess.run(
+        [sys.executable, "-m", f"jobs.{name}", *arguments],
+        cwd=REPO,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,114 @@
+"""What a run would be, without running it: parameters, batch arithmetic, steps, memory.
+
+Comes in: a config and a model on the meta device. Goes out: tables and estimates for `--dry-run`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from vidfuse.config import Config
+from vidfuse.data.sampling import World, steps_of
+from vidfuse.models.recognizer import Recognizer, checkpoint_activations, parameter_table
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one worker's device in training, by what holds them."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    clips: int
+
+    @property
+    def total(self) -> int:
+        """All of it, without the allocator's slack and the framework's own (about 1 GB on a GPU)."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.clips
+
+
+def parameter_lines(model: Recognizer) -> list[str]:
+    """A table of parameters by part: all, trainable, frozen."""
+    rows = [(part.name, part.total, part.trainable) for part in parameter_table(model)]
+    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    head = f"{'part':<12}{'parameters':>16}{'trainable':>16}{'frozen':>16}"
+    return [head, *(f"{name:<12}{total:>16,}{trained:>16,}{total - trained:>16,}" for name, total, trained in rows)]
+
+
+def batch_lines(config: Config, sizes: range) -> list[str]:
+    """How the global batch is made at each number of workers; one that cannot divide it says so."""
+    lines = []
+    for size in sizes:
+        try:
+            world = World(size, 0, config.train.global_batch, config.train.micro_batch)
+            lines.append(
+                f"{size} workers: micro batch {world.micro_batch} x accumulation {world.accumulation} x {size} = {world.global_batch}"
+            )
+        except ValueError as error:
+            lines.append(f"{size} workers: refused, {error}")
+    return lines
+
+
+def steps_line(config: Config, samples: int) -> str:
+    """Steps of an epoch and of the run."""
+    steps = steps_of(samples, config.train.global_batch)
+    return f"{samples:,} training samples / {config.train.global_batch} = {steps:,} steps an epoch, {steps * config.train.epochs:,} in all"
+
+
+def memory(config: Config, model: Recognizer, workers: int) -> Memory:
+    """Estimate one worker's memory: states as ZeRO shards them, activations by what autograd would keep.
+
+    Args:
+        config: precision, ZeRO stage, micro batch, activation checkpointing.
+        model: on the meta device; it is not changed.
+        workers: world size.
+    """
+    train, width = config.train, BYTES[config.train.precision]
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sharded = {stage: 1 / workers if train.zero_stage >= stage else 1.0 for stage in (1, 2, 3)}
+    master = 0 if train.precision == "fp32" and train.zero_stage == 0 else 4
+    data = config.data
+    clips = train.global_batch // workers * data.frames * data.size**2 * 3
+    return Memory(
+        parameters=int(total * width * sharded[3]),
+        gradients=int(trained * (width + 4) * sharded[2]),
+        optimizer=int(trained * (8 + master) * sharded[1]),
+        activations=activation_bytes(config, model),
+        clips=clips,
+    )
+
+
+def activation_bytes(config: Config, model: Recognizer) -> int:
+    """Bytes that autograd keeps for one micro batch, found by a forward pass on the meta device."""
+    model = copy.deepcopy(model).train()
+    if config.train.precision != "fp32":
+        model = model.to(torch.bfloat16)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
+    kept: dict[tuple[int, int], int] = {}
+    parameters = {id(p) for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in parameters:
+            kept[(id(tensor), len(kept))] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    shape = (config.train.micro_batch, config.data.frames, 3, config.data.size, config.data.size)
+    clips = torch.empty(shape, dtype=torch.uint8, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(clips)
+    return sum(kept.values())
+
+
+def memory_line(estimate: Memory, workers: int) -> str:
+    """The estimate in words."""
+    parts = {n: getattr(estimate, n) for n in ("parameters", "gradients", "optimizer", "activations", "clips")}
+    words = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in parts.items())
+    return f"{workers} workers: {estimate.total / 2**20:,.0f} MiB each ({words})"
