@@ -12,7 +12,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -132,8 +132,8 @@ class ObjectStore:
     """A running S3 server with a bucket."""
 
     endpoint: str
-    key: str
-    secret: str
+    key: str = field(repr=False)
+    secret: str = field(repr=False)
     bucket: str
     pid: int
     """Of the server itself: SIGKILL it for an outage that lasts."""

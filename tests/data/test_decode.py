@@ -177,7 +177,7 @@ def test_reference_frames_of_torchcodec(decoder):
     found = dict(decode_frames(video, list(reference), decoder=decoder))
     assert found.keys() == reference.keys()
     for index, frame in found.items():
-        assert np.abs(frame.astype(int) - reference[index]).max() <= 3, index
+        assert np.abs(frame.astype(int) - reference[index]).max() <= 1, index
 
 
 @pytest.mark.parametrize("name", ["video_0.mov", "video_90.mov", "video_180.mov", "video_270.mov"])

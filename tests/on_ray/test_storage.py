@@ -131,7 +131,7 @@ def test_no_credentials(s3, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     assert "no credentials; set AWS_ACCESS_KEY_ID" in refusal(s3.url())
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    assert "profile" in refusal(s3.url())
+    assert "the profile that AWS_PROFILE names" in refusal(s3.url())
 
 
 @pytest.mark.s3

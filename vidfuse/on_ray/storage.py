@@ -239,7 +239,9 @@ def _check_bucket(url: str, bucket: str, prefix: str, write: bool) -> None:
             _try_write(client, bucket, prefix)
     except faults.ClientError as error:
         raise StorageError(f"{where}: {_explain(error, bucket)}") from None
-    except (faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError, faults.ProfileNotFound):
+    except faults.ProfileNotFound:
+        raise StorageError(f"{where}: the profile that AWS_PROFILE names is in none of the AWS files; correct it") from None
+    except (faults.NoCredentialsError, faults.PartialCredentialsError, faults.CredentialRetrievalError):
         raise StorageError(
             f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         ) from None
