@@ -176,6 +176,7 @@ def _command(binary: str, folder: Path, ports: dict[str, int]) -> list[str]:
     command = [
         binary, "-v=0", "-logtostderr", "server", f"-dir={folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}",
         "-master.volumeSizeLimitMB=1024", "-volume.max=0", "-filer", "-s3", f"-s3.config={folder / 's3.json'}",
+        "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-master.electionTimeout=1s",
         "-volume.preStopSeconds=0",
     ]  # fmt: skip

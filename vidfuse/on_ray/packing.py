@@ -10,6 +10,7 @@ the shards that have one. A task holds one video in memory and one shard on its 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from typing import Any
 
 import ray
 from pyarrow import fs as pafs
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from vidfuse.data import decode, shards
 from vidfuse.data.layouts import Source, SourceVideo
@@ -39,6 +40,7 @@ _VERSION = 1
 _MEMBER_OVERHEAD = 3 * 1024
 """Most bytes that two tar headers, padding and the meta member add to a video (its text is counted besides)."""
 _END_OVERHEAD = 10 * 1024
+_CANCEL_SECONDS = 10.0
 _SHARD_FILE = re.compile(r".+-\d{5}\.(tar|json)")
 
 
@@ -256,8 +258,16 @@ def run_tasks(function: Callable[..., Any], units: Sequence[tuple[Any, ...]]) ->
             for ref in ray.wait(list(pending), num_returns=1)[0]:
                 yield pending.pop(ref), _result(ref)
     finally:
-        for ref in pending:
-            ray.cancel(ref)
+        _cancel(list(pending))
+
+
+def _cancel(refs: list[Any]) -> None:
+    """Stop tasks and fetch how they ended: Ray prints errors that nobody fetches."""
+    for ref in refs:
+        ray.cancel(ref)
+    for ref in ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)[0] if refs else ():
+        with contextlib.suppress(RayError, ValueError, OSError):
+            ray.get(ref)
 
 
 def _result(ref: Any) -> Any:

@@ -1,0 +1,197 @@
+"""The two layouts as they are distributed, in each variant, and each way in which a folder can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import shared_data, write_json
+from vidfuse.data.layouts import read_layout
+from vidfuse.data.shards import DataError
+
+TEMPLATES = ("Pushing [something] from left to right", "Lifting [something] up")
+
+
+def entry(number: int, template: str = TEMPLATES[0]) -> dict[str, object]:
+    return {"id": str(number), "label": "pushing a cup", "template": template, "placeholders": ["a cup"]}
+
+
+@pytest.fixture
+def ssv2(tmp_path) -> Path:
+    """As distributed, without bytes in the videos: layouts read names only."""
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "20bn-something-something-v2").mkdir()
+    for number, suffix in ((1, "webm"), (2, "mp4"), (3, "webm"), (4, "webm"), (9, "webm")):
+        (tmp_path / f"20bn-something-something-v2/{number}.{suffix}").touch()
+    write_json(tmp_path / "labels/labels.json", {"Lifting something up": "1", "Pushing something from left to right": "0"})
+    write_json(tmp_path / "labels/train.json", [entry(1), entry(2, TEMPLATES[1])])
+    write_json(tmp_path / "labels/validation.json", [entry(3)])
+    write_json(tmp_path / "labels/test.json", [{"id": "4"}])
+    return tmp_path
+
+
+@pytest.fixture
+def ucf101(tmp_path) -> Path:
+    for name in ("Archery/v_Archery_g01_c01", "Archery/v_Archery_g02_c01", "Yoga/v_Yoga_g01_c01", "Yoga/v_Yoga_g02_c01"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.avi").touch()
+    (tmp_path / "classInd.txt").write_text("1 Archery\r\n2 Yoga\r\n\r\n")
+    (tmp_path / "trainlist01.txt").write_text("Archery/v_Archery_g01_c01.avi 1\nYoga/v_Yoga_g01_c01.avi 2\n")
+    (tmp_path / "testlist01.txt").write_text("Archery/v_Archery_g02_c01.avi\n")
+    return tmp_path
+
+
+def fault(folder: Path, **options) -> str:
+    with pytest.raises(DataError) as error:
+        read_layout(folder, **options)
+    return str(error.value)
+
+
+def test_ssv2_as_distributed(ssv2):
+    source = read_layout(ssv2)
+    assert source.classes == ("Pushing something from left to right", "Lifting something up")
+    assert {split: [(v.key, v.label, v.text) for v in videos] for split, videos in source.splits.items()} == {
+        "train": [("1", 0, "pushing a cup"), ("2", 1, "pushing a cup")],
+        "validation": [("3", 0, "pushing a cup")],
+        "test": [("4", None, "")],
+    }
+    assert source.splits["train"][1].path == "20bn-something-something-v2/2.mp4"
+    assert source.unlisted == 1
+
+
+@pytest.mark.parametrize("name", ["{}.json", "something-something-v2-{}.json", "labels/something-something-v2-{}.json"])
+def test_ssv2_in_other_places(ssv2, name):
+    before = read_layout(ssv2)
+    for part in ("labels", "train", "validation", "test"):
+        (ssv2 / f"labels/{part}.json").rename(ssv2 / name.format(part))
+    for video in (ssv2 / "20bn-something-something-v2").iterdir():
+        video.rename(ssv2 / video.name)
+    (ssv2 / "20bn-something-something-v2").rmdir()
+    after = read_layout(ssv2, "ssv2")
+    assert [v.key for v in after.splits["train"]] == [v.key for v in before.splits["train"]]
+    assert after.splits["test"][0].path == "4.webm"
+
+
+def test_ssv2_without_a_test_split(ssv2):
+    (ssv2 / "labels/test.json").unlink()
+    assert list(read_layout(ssv2).splits) == ["train", "validation"]
+
+
+def test_ssv2_faults(ssv2):
+    labels = ssv2 / "labels"
+    write_json(labels / "train.json", [entry(n) for n in range(1, 30)])
+    missing = "5, 6, 7, 8, 10, 11, 12, 13, 14, 15 and 14 more"
+    assert f"train.json names 24 of 29 videos that are not there: {missing}; unpack all parts" in fault(ssv2)
+    write_json(labels / "train.json", [entry(1, "Eating [something]")])
+    assert "video 1 has the class 'Eating something', which labels.json does not list" in fault(ssv2)
+    write_json(labels / "train.json", [{"id": "1"}])
+    assert 'video 1 has no "template"; only the test split is without labels' in fault(ssv2)
+    write_json(labels / "train.json", {"id": "1"})
+    assert 'a list of objects with "id" is needed' in fault(ssv2)
+    (labels / "train.json").write_text('[\n {"id": "1",}\n]')
+    assert "train.json: line 2, column" in fault(ssv2)
+    write_json(labels / "train.json", [entry(3)])
+    assert "video 3 is listed in train and in validation" in fault(ssv2)
+    write_json(labels / "train.json", [entry(1), entry(1)])
+    assert "video 1 is listed twice in train" in fault(ssv2)
+    write_json(labels / "train.json", [])
+    assert "split 'train' of something-something-v2 lists no videos" in fault(ssv2)
+    (labels / "train.json").unlink()
+    assert "no train.json beside labels.json" in fault(ssv2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"a": "0", "b": "2"}, "numbers are 0 to 1, each once"),
+        ({"a": "0", "b": "0"}, "numbers are 0 to 1, each once"),
+        ({"a": "0"}, "at least two"),
+        ({"a": "zero"}, 'an object {"class": "number", ...} is needed'),
+        (["a"], 'an object {"class": "number", ...} is needed'),
+    ],
+)
+def test_ssv2_class_lists_that_are_none(ssv2, labels, words):
+    write_json(ssv2 / "labels/labels.json", labels)
+    assert words in fault(ssv2)
+
+
+def test_ssv2_two_files_of_one_id(ssv2):
+    (ssv2 / "20bn-something-something-v2/1.mp4").touch()
+    assert "1.mp4 and 1.webm have the same id" in fault(ssv2)
+
+
+def test_ucf101_as_distributed(ucf101):
+    source = read_layout(ucf101)
+    assert (source.dataset, source.classes, source.unlisted) == ("ucf101", ("Archery", "Yoga"), 1)
+    train = [(v.key, v.path, v.label, v.text) for v in source.splits["train"]]
+    assert train == [
+        ("v_Archery_g01_c01", "Archery/v_Archery_g01_c01.avi", 0, "Archery"),
+        ("v_Yoga_g01_c01", "Yoga/v_Yoga_g01_c01.avi", 1, "Yoga"),
+    ]
+    assert [v.key for v in source.splits["validation"]] == ["v_Archery_g02_c01"]
+
+
+def test_ucf101_in_other_places(ucf101):
+    (ucf101 / "UCF-101").mkdir()
+    (ucf101 / "ucfTrainTestlist").mkdir()
+    for name in ("Archery", "Yoga"):
+        (ucf101 / name).rename(ucf101 / "UCF-101" / name)
+    for file in ucf101.glob("*.txt"):
+        file.rename(ucf101 / "ucfTrainTestlist" / file.name)
+    assert read_layout(ucf101).splits["train"][0].path == "UCF-101/Archery/v_Archery_g01_c01.avi"
+    assert len(read_layout(ucf101 / "UCF-101").splits["train"]) == 2
+
+
+def test_ucf101_faults(ucf101):
+    train = ucf101 / "trainlist01.txt"
+    assert "trainlist02.txt: there is no such list; choose a split number" in fault(ucf101, split_number=2)
+    assert "official splits 1, 2 and 3, given 4" in fault(ucf101, split_number=4)
+    for line, words in (
+        ("Dancing/v_Dancing_g01_c01.avi 3", "line 1: class 'Dancing' is not in classInd.txt"),
+        ("Yoga/v_Yoga_g01_c01.avi 1", "line 1: label 1, but Yoga is 2"),
+        ("Yoga/v_Yoga_g07_c01.avi 2", "names 1 of 1 videos that are not there: Yoga/v_Yoga_g07_c01.avi"),
+        ("Archery/v_Archery_g02_c01.avi 1", "v_Archery_g02_c01 is listed in train and in validation"),
+    ):
+        train.write_text(line + "\n")
+        assert words in fault(ucf101)
+    (ucf101 / "classInd.txt").write_text("1 Archery\n3 Yoga\n")
+    assert "line 2: '3 Yoga'; '2 ClassName' is needed" in fault(ucf101)
+
+
+def test_folders_without_a_data_set(tmp_path, ucf101):
+    assert "there is no such folder" in fault(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no annotations; a folder is needed that holds" in fault(tmp_path / "empty")
+    assert "unknown layout 'kinetics'; there are ssv2, ucf101" in fault(ucf101, layout="kinetics")
+    assert "no labels/labels.json" in fault(ucf101, layout="ssv2")
+    for video in ucf101.glob("*/*.avi"):
+        video.unlink()
+    assert "no class folder of classInd.txt is here with a video in it" in fault(ucf101)
+
+
+def test_videos_missing_altogether(ssv2):
+    for video in (ssv2 / "20bn-something-something-v2").iterdir():
+        video.unlink()
+    assert "no videos (.mp4, .webm" in fault(ssv2)
+
+
+def test_the_shared_real_clips():
+    source = read_layout(shared_data("realclips"))
+    assert {split: len(videos) for split, videos in source.splits.items()} == {"train": 70, "validation": 30}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_official_lists_of_ucf101(tmp_path, number):
+    from vidfuse.data.labels import UCF101_CLASSES, UCF101_SPLITS
+
+    lists = shared_data("labels/ucf101")
+    (tmp_path / "ucfTrainTestlist").symlink_to(lists)
+    for file in (f"trainlist{number:02d}.txt", f"testlist{number:02d}.txt"):
+        for line in (lists / file).read_text().split():
+            if line.endswith(".avi"):
+                (tmp_path / line).parent.mkdir(exist_ok=True)
+                (tmp_path / line).touch()
+    source = read_layout(tmp_path, split_number=number)
+    assert len(source.classes) == UCF101_CLASSES
+    assert (len(source.splits["train"]), len(source.splits["validation"])) == UCF101_SPLITS[number]
