@@ -78,6 +78,26 @@ def test_checkpointed_is_plain_and_gradients_reach_every_parameter(backbone, cli
         assert torch.equal(a, b), f"{name} was changed twice by recomputation"
 
 
+def test_works_when_an_engine_casts_its_parameters(backbone, clip):
+    """DeepSpeed casts parameters alone: buffers, such as running statistics, stay float32."""
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for training in (True, False):
+        tokens = backbone.train(training)(clip[:1, :1].bfloat16())  # one frame: CPUs are slow at bf16 convolutions
+        assert tokens.values.dtype == torch.bfloat16 and tokens.positions.dtype == torch.float32
+
+
+def test_modules_that_own_parameters_are_called(backbone, clip):
+    """ZeRO-3 gathers a module's own parameters when the module is called; reached past its call they are empty."""
+    called = set()
+    for name, module in backbone.named_modules():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
+    with torch.no_grad():
+        backbone.eval()(clip[:1])
+    owners = {name.rpartition(".")[0] for name, _ in backbone.named_parameters()}
+    assert owners <= called, f"never called: {sorted(owners - called)}"
+
+
 def test_state_goes_round(backbone, clip):
     torch.manual_seed(9)
     other = copy.deepcopy(backbone)

@@ -78,6 +78,16 @@ def test_checkpointed_is_plain_and_gradients_reach_every_parameter(fusion):
         assert torch.equal(a.grad, b.grad)
 
 
+def test_modules_that_own_parameters_are_called(fusion):
+    """ZeRO-3 gathers a module's own parameters when the module is called; reached past its call they are empty."""
+    called = set()
+    for name, module in fusion.named_modules():
+        module.register_forward_pre_hook(lambda _module, _args, name=name: called.add(name))
+    fusion(_streams())
+    owners = {name.rpartition(".")[0] for name, _ in fusion.named_parameters()}
+    assert owners <= called, f"never called: {sorted(owners - called)}"
+
+
 def test_state_goes_round(fusion):
     other = copy.deepcopy(fusion)
     for parameter in other.parameters():

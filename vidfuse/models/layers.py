@@ -60,7 +60,8 @@ class FrameViT(nn.Module):
     """A timm vision transformer applied to each frame: the tokens after its last norm, registers dropped.
 
     Args:
-        vit: timm model with `forward_features`, `patch_embed`, `num_prefix_tokens`, `blocks` and no head.
+        vit: timm model without pooling or head, so that calling it gives its normed tokens. It is called, not its
+            `forward_features`: ZeRO-3 gathers a module's own parameters (class token, positions) when the module is called.
         tokens: `all` the class token and the patches of each frame, `class` or `patch` only these.
         adapt: Turns a published file's state into that of `vit` (timm's own `checkpoint_filter_fn`).
         licence: What a user of the published weights must know; told when weights are loaded. `None`: nothing.
@@ -93,7 +94,7 @@ class FrameViT(nn.Module):
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """Tokens frame by frame; in a frame the class token first, then patches row by row."""
         frames = rearrange(clip, "B T C H W -> (B T) C H W")
-        values = self._kept(cast(Any, self.vit).forward_features(frames))
+        values = self._kept(self.vit(frames))
         values = rearrange(values, "(B T) n D -> B (T n) D", T=clip.shape[1])
         return Tokens(values, self._positions(clip))
 
@@ -115,6 +116,36 @@ class FrameViT(nn.Module):
         chosen = {"class": classes, "patch": patches}
         kept = torch.cat((classes, patches), dim=1) if self.tokens == "all" else chosen[self.tokens]
         return rearrange(kept, "T n a -> (T n) a")
+
+
+class BatchNorm3d(nn.BatchNorm3d):
+    """Batch norm in the precision of its running statistics, whatever an engine casts its parameters to.
+
+    DeepSpeed casts parameters and leaves buffers in float32 (running statistics of bfloat16 would not move by a tenth of a
+    difference); torch's own batch norm refuses that mixture.
+    """
+
+    def forward(self, input: Float[Tensor, "B C t h w"]) -> Float[Tensor, "B C t h w"]:
+        """The input normalised, in its own dtype."""
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and self.momentum is not None
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+def with_own_batch_norm(module: nn.Module) -> nn.Module:
+    """`module` with every `nn.BatchNorm3d` inside replaced by `BatchNorm3d`, under the same names, with the same tensors."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm3d:
+            own = BatchNorm3d(child.num_features, child.eps, child.momentum).train(child.training)
+            own._parameters, own._buffers = child._parameters, child._buffers
+            module.add_module(name, own)
+        else:
+            with_own_batch_norm(child)
+    return module
 
 
 class Attention(nn.Module):

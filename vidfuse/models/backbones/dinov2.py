@@ -43,7 +43,7 @@ def build(
     """
     check_patch(size, 14)
     name = f"vit_{SIZES[variant[3]]}_patch14_{'reg4_' if variant.endswith('reg') else ''}dinov2.lvd142m"
-    vit = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    vit = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True)
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn)
     weights.load(backbone, weights.from_hub(f"timm/{name}") if pretrained else None)
     return backbone

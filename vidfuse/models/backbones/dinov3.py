@@ -47,7 +47,7 @@ def build(
     """
     check_patch(size, 16)
     name = f"vit_{NAMES[variant]}_patch16_dinov3.lvd1689m"
-    vit = timm.create_model(name, num_classes=0, img_size=size, dynamic_img_size=False)
+    vit = timm.create_model(name, num_classes=0, global_pool="", img_size=size, dynamic_img_size=False)
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn, licence=LICENCE)
     weights.load(backbone, weights.from_hub(f"timm/{name}") if pretrained else None)
     return backbone

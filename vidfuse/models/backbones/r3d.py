@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.video import R3D_18_Weights, VideoResNet, r3d_18
 
 from vidfuse.models import weights
-from vidfuse.models.layers import grid_positions
+from vidfuse.models.layers import grid_positions, with_own_batch_norm
 from vidfuse.models.parts import Tokens
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class R3D(nn.Module):
         self.batch_norm = batch_norm
         self.stages = ("stem", *(name for name in WIDTHS if name <= stage))
         for name in self.stages:
-            self.add_module(name, network.get_submodule(name))
+            self.add_module(name, with_own_batch_norm(network.get_submodule(name)))
         if batch_norm == "frozen":
             for norm in self._norms():
                 norm.requires_grad_(False)
