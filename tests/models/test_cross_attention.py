@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vidfuse.models import select
-from vidfuse.models.layers import encode_positions, grid_positions
+from vidfuse.models.layers import Attention, encode_positions, grid_positions
 from vidfuse.models.parts import Tokens
 
 WIDTHS = {"semantic": 10, "motion": 14}
@@ -109,6 +109,14 @@ def test_attention_asked_for_in_training_has_dropout_after_it():
     fusion = _build(dropout=0.5).train()
     weights = fusion(_streams(), return_attention=True).attention["layer0.semantic_to_motion"]
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_clip_without_a_real_key_reads_nothing(asked):
+    attention, keys = Attention(12, 3).eval(), torch.randn(2, 4, 12)
+    read, _ = attention(torch.randn(2, 5, 12), keys, torch.tensor([[False] * 4, [True] * 4]), return_attention=asked)
+    assert torch.equal(read[0], attention.out.bias.expand(5, -1))
+    assert not torch.allclose(read[1], attention.out.bias.expand(5, -1))
 
 
 def test_positions_tell_time_from_space_and_neighbours_apart():

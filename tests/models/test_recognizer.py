@@ -68,11 +68,14 @@ def test_frozen_streams_have_no_gradients_and_stay_in_eval(make_recognizer, clip
 
 
 def test_frozen_streams_keep_no_activations(make_recognizer, clips):
-    model, kept = make_recognizer(), []
+    model, kept, recording = make_recognizer(), [], {}
+    for name, stream in model.streams.items():
+        stream.register_forward_hook(lambda *_, name=name: recording.update({name: torch.is_grad_enabled()}))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t):
         _loss(model, clips)
     assert not {p.untyped_storage().data_ptr() for p in model.streams["semantic"].parameters()} & set(kept)
     assert {p.untyped_storage().data_ptr() for p in model.streams["motion"].parameters()} & set(kept)
+    assert recording == {"semantic": False, "motion": True}
 
 
 def test_the_same_seed_is_the_same_model_whatever_was_drawn_before(make_recognizer):
