@@ -1,6 +1,7 @@
-"""What all jobs share: the command line, printing, the live line, exit codes. The only place of `print` and `os.environ`.
+"""What all jobs share: the command line, printing, the live line, exit codes. `print` and `os.environ` live here.
 
-Exit codes: 0 done; 1 the job ran and failed or found faults; 2 bad input, said in one message before long work; 130 interrupted.
+Exit codes: 0 done; 1 the job ran and failed or found faults; 2 bad input, said in one message before long work;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from vidfuse import presets
 from vidfuse.config import Config, ConfigError, override, read_file
-
 
 # Said at every import on a machine without a GPU, where it is no news.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -53,7 +53,7 @@ def config_of(options: argparse.Namespace) -> Config:
 def main(job: Callable[[], int]) -> NoReturn:
     """Run a job's `main` and leave with its exit code; people's mistakes become one message, not a traceback."""
     from vidfuse.data.shards import DataError
-    from vidfuse.on_ray.fit import RunFailed
+    from vidfuse.on_ray.fit import RunError
     from vidfuse.on_ray.storage import StorageError
     from vidfuse.train.worker import CheckpointError
 
@@ -62,7 +62,7 @@ def main(job: Callable[[], int]) -> NoReturn:
     except (ConfigError, DataError, StorageError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except RunFailed as error:
+    except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:

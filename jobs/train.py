@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         line.close()
     folder = f"{config.run.storage}/{config.run.name}"
-    cli.say(
-        f"{result['state']} after {result['steps']} steps: top-1 {result.get('top1', float('nan')):.4f}, report {folder}/report.html"
-    )
+    cli.say(f"{result['state']} after {result['steps']} steps, best top-1 {result['best_top1']}: {folder}/report.html")
     return 0
 
 

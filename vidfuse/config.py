@@ -81,11 +81,11 @@ class DataConfig(Section):
     """Whether training clips are mirrored left-right at random. Wrong wherever labels name a direction."""
     decoder: Literal["pyav", "decord"] = "pyav"
     """Video decoder."""
-    block_bytes: int = Field(32 * 1024**2, ge=1)
+    block_bytes: int = Field(16 * 1024**2, ge=1)
     """Decoded clips that one Ray Data task reads and gives as one block, in bytes; at least one micro batch."""
     cpus_per_task: float = Field(1.0, gt=0)
     """CPUs that one reading task asks of Ray."""
-    buffer_bytes: int = Field(2 * 1024**3, ge=1)
+    buffer_bytes: int = Field(4 * 1024**3, ge=1)
     """Decoded clips that may wait between reading tasks and workers, all workers together, in bytes."""
     prefetch_batches: int = Field(2, ge=0)
     """Micro batches that a worker fetches ahead."""

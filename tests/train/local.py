@@ -118,7 +118,7 @@ class Job:
     crash_after: int | None = None
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Stands for a machine that is gone."""
 
 
@@ -132,7 +132,7 @@ class CrashingFeed(Feed):
             if self.crash_after is not None:
                 self.crash_after -= 1
                 if self.crash_after < 0:
-                    raise Crash
+                    raise CrashError
             yield step
 
 
@@ -146,7 +146,7 @@ def execute(job: Job) -> Result | None:
     feed.crash_after = job.crash_after
     try:
         return run(job.config, worker, feed, folder=job.folder, facts={"git_revision": "test"})
-    except Crash:
+    except CrashError:
         return None
 
 
@@ -162,7 +162,8 @@ def together(jobs: Sequence[Job], world_size: int) -> list[Any]:
     """Run jobs one after the other on `world_size` gloo processes; rank 0's results."""
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, mp_context=get_context("spawn")) as pool:
         ranks = [pool.submit(_rank, rank, world_size, f"{folder}/store", list(jobs)) for rank in range(world_size)]
-        return [rank.result() for rank in ranks][0]
+        results = [rank.result() for rank in ranks]
+    return results[0]
 
 
 def losses(folder: Path) -> list[float]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from local import Job, config, execute, losses, together
+
+from tests.train.local import Job, config, execute, losses, together
 
 FP32, BF16 = 1e-4, 5e-2
 AC = {"train__activation_checkpointing": True}

@@ -10,13 +10,17 @@ the epoch's order (`sampling`), less what was used before a restart.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from vidfuse.config import Config
 from vidfuse.data.batch import Batch, SampleError
@@ -27,6 +31,8 @@ from vidfuse.data.shards import Manifest, SplitIndex
 Pull = Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]
 """(reader, parts, rows) -> columns of `rows` rows each, in the order of the parts; the last may be shorter."""
 
+BLOCKS_AT_ONCE = 8
+"""Blocks that a worker's share of `data.buffer_bytes` must hold: some being made, some waiting, some being used."""
 PARTS_AT_ONCE = 512
 """Epochs are streamed without a pause between them until a stream has this many parts."""
 
@@ -46,7 +52,7 @@ class Feed:
 
     def __init__(self, config: Config, packed: PackedSet, world: World, pull: Pull) -> None:
         self.config, self.packed, self.world, self._pull = config, packed, world, pull
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Generator[Batch, None, None] | None = None
         self._next_epoch = -1
 
     @property
@@ -81,7 +87,13 @@ class Feed:
         parts = list(parts_of(index, mine, per_part, epoch=None))
         return (_batch(columns) for columns in self._pull(reader, parts, micro_batch))
 
-    def _open(self, epoch: int, left: Samples) -> Iterator[Batch]:
+    def close(self) -> None:
+        """Let go of a stream that is not read to its end."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _open(self, epoch: int, left: Samples) -> Generator[Batch, None, None]:
         reader = self._reader(1, 1)
         micro = self.world.micro_batch
         first = True
@@ -99,8 +111,10 @@ class Feed:
         return ClipReader(self.packed.filesystem, self.packed.root, self.config.data, self.config.seed, clips, crops)
 
     def _videos_per_part(self, reader: ClipReader, micro_batch: int) -> int:
-        """As many videos as a block holds, in whole micro batches."""
-        rows = max(self.config.data.block_bytes // reader.clip_bytes, 1)
+        """As many videos as a block holds, in whole micro batches; a worker's share of the buffer has room for several blocks."""
+        data = self.config.data
+        block = min(data.block_bytes, data.buffer_bytes // self.world.size // BLOCKS_AT_ONCE)
+        rows = max(block // reader.clip_bytes, 1)
         step = micro_batch // math.gcd(micro_batch, reader.views)
         return max(rows // (step * reader.views), 1) * step
 
@@ -138,9 +152,16 @@ def _joined(blocks: Sequence[Columns]) -> Columns:
 def _batch(columns: Columns) -> Batch:
     errors = tuple(dict.fromkeys(SampleError(*str(e).split("\t", 2)) for e in columns["error"] if e))
     return Batch(
-        clips=torch.from_numpy(columns["clip"]).permute(0, 1, 4, 2, 3),
-        labels=torch.from_numpy(columns["label"]),
-        weights=torch.from_numpy(columns["weight"]),
-        samples=torch.from_numpy(columns["sample"]),
+        clips=_tensor(columns["clip"]).permute(0, 1, 4, 2, 3),
+        labels=_tensor(columns["label"]),
+        weights=_tensor(columns["weight"]),
+        samples=_tensor(columns["sample"]),
         errors=errors,
     )
+
+
+def _tensor(values: npt.NDArray[Any]) -> Tensor:
+    """A tensor over the same memory, which may be the object store's: nothing writes to a batch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(values)

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""ImageNet training images, values 0..1 (torchvision documentation, "Models and pre-trained weights")."""
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""As above."""
-KINETICS_MEAN = (0.43216, 0.394666, 0.37645)
-"""Kinetics-400 as used by torchvision's video classification references (`torchvision.transforms._presets.VideoClassification`)."""
-KINETICS_STD = (0.22803, 0.22145, 0.216989)
-"""As above."""
-
 SSV2_CLASSES = 174
 """Something-Something-V2 (Goyal et al. 2017; release notes of version 2)."""
 SSV2_SPLITS = {"train": 168_913, "validation": 24_777, "test": 27_157}

@@ -44,7 +44,7 @@ HEIGHT = 240
 """Height of every video, pixels."""
 WIDTHS = (256, 288, 320, 360)
 """Widths of videos, pixels."""
-FRAME_RATES = (12, 15, 20, 24, 25, 30)
+FRAME_RATES = (12, 12, 12, 15, 24, 30)
 """Frames a second."""
 SECONDS = (2.0, 6.0)
 """Shortest and longest video, seconds; the median is about 2.4."""
@@ -53,7 +53,7 @@ WEBM_EVERY = 6
 
 _STAGE = 0.8 * HEIGHT
 """Side of the centred square inside which objects' centres are, pixels."""
-_RADII = (0.09 * HEIGHT, 0.26 * HEIGHT)
+_RADII = (0.10 * HEIGHT, 0.30 * HEIGHT)
 """Smallest and largest radius of an object, pixels."""
 _FADE = 0.04
 """Share of the circle on each side of a wrap in which an object fades."""
@@ -259,7 +259,7 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
     """
     rng = _generator(seed, split, index, purpose=0)
     width, fps = int(rng.choice(WIDTHS)), int(rng.choice(FRAME_RATES))
-    seconds = SECONDS[0] + (SECONDS[1] - SECONDS[0]) * rng.random() ** 3.5
+    seconds = SECONDS[0] + (SECONDS[1] - SECONDS[0]) * rng.random() ** 5
     thing, other = _looks(seed, split, index)
     drift, heading = rng.uniform(0.02, 0.22) * HEIGHT, rng.uniform(0, 2 * math.pi)
     return Scene(
@@ -483,7 +483,7 @@ def _paint_thing(rng: np.random.Generator, look: tuple[str, str, str]) -> Thing:
     main = np.clip(np.array(_COLOURS[colour]) + rng.integers(-18, 19, 3), 0, 255)
     contrast = rng.uniform(0.15, 0.4)
     second = main * contrast if main.mean() > 110 else 255 - (255 - main) * contrast
-    field = _pattern(rng, pattern, _PATCH, _PATCH, period=float(rng.uniform(18, 34)))
+    field = _pattern(rng, pattern, _PATCH, _PATCH, period=float(rng.uniform(44, 80)))
     picture = _coloured(field, second, main)
     outline = _outline(rng, shape)
     cv2.polylines(picture, [outline], True, [int(v) for v in second], thickness=5, lineType=cv2.LINE_AA, shift=4)

@@ -23,13 +23,14 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from vidfuse.config import Config, ConfigError
-from vidfuse.data.feed import Feed, PackedSet
+from vidfuse.data.feed import BLOCKS_AT_ONCE, Feed, PackedSet
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, check_classes, read_index, read_manifest
+from vidfuse.models.recognizer import Recognizer
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
-from vidfuse.on_ray.worker import Monitor, RayWorker
+from vidfuse.on_ray.worker import SCORE, Monitor, RayWorker
 from vidfuse.train.checkpoint import check_matches
 from vidfuse.train.loop import run
 from vidfuse.train.run import model_of
@@ -41,7 +42,7 @@ WORKERS_WITHOUT_GPU = 2
 """Train workers where `cluster.workers` is null and the cluster has no GPU."""
 
 
-class RunFailed(RuntimeError):
+class RunError(RuntimeError):
     """A run that ended by a fault; its last checkpoint is on its storage and the same command continues from it."""
 
 
@@ -112,7 +113,18 @@ def resources(config: Config) -> Resources:
             f"x micro_batch {config.train.micro_batch}; it is by {', '.join(map(str, sizes)) or 'none of them'}. Change "
             "train.global_batch, train.micro_batch or cluster.workers"
         )
+    _check_buffer(config, most)
     return Resources(least, most, gpu=bool(gpus))
+
+
+def _check_buffer(config: Config, workers: int) -> None:
+    data, rows = config.data, config.train.micro_batch
+    needed = workers * BLOCKS_AT_ONCE * rows * data.frames * data.size**2 * 3
+    if needed > data.buffer_bytes:
+        raise ConfigError(
+            f"data.buffer_bytes: {data.buffer_bytes:,} is too little for {workers} workers with micro batches of {rows} clips of "
+            f"{data.frames} x {data.size} x {data.size}: at least {needed:,} are needed; raise it, or lower train.micro_batch"
+        )
 
 
 def check(config: Config) -> PackedSet:
@@ -135,7 +147,7 @@ def check(config: Config) -> PackedSet:
     return packed
 
 
-def check_model(config: Config) -> torch.nn.Module:
+def check_model(config: Config) -> Recognizer:
     """The model on the meta device: options, weights files and the parameter budget are checked, nothing is allocated.
 
     Raises:
@@ -169,13 +181,13 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
 
     Raises:
         ConfigError: the cluster has no room.
-        RunFailed: the run ended by a fault that restarts did not mend.
+        RunError: the run ended by a fault that restarts did not mend.
     """
     done = finished(config)
     if done is not None:
         return done
     room = resources(config)
-    monitor = Monitor.remote()
+    monitor = Monitor.remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
     trainer = TorchTrainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
@@ -184,10 +196,10 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise RunFailed(_reason(monitor, error)) from error
+            raise RunError(_reason(monitor, error)) from error
     fault = ray.get(monitor.fault.remote())
     if fault is not None:
-        raise RunFailed(fault)
+        raise RunError(fault)
     return RunFolder.of(config.run).json("result.json") or {}
 
 
@@ -214,7 +226,7 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="top1"),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
         ),
     }
 

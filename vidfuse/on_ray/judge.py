@@ -95,7 +95,7 @@ def publish(judgement: Judgement, folder: RunFolder, scratch: Path) -> str:
         config_yaml=judgement.config.to_yaml(),
         records=records,
         scores=judgement.scores,
-        errors=[astuple(error) for error in judgement.scored.errors],  # type: ignore[misc]
+        errors=[astuple(error) for error in judgement.scored.errors],
         facts=judgement.facts,
     )
     out = scratch / "out"

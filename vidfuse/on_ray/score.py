@@ -25,7 +25,7 @@ from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.models.recognizer import frozen_digest
-from vidfuse.on_ray.fit import RunFailed, open_set, ray_settings, resources
+from vidfuse.on_ray.fit import RunError, open_set, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
@@ -47,7 +47,7 @@ def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:
 
     Raises:
         DataError: a split without labels.
-        RunFailed: a worker failed.
+        RunError: a worker failed.
     """
     split = split_of(config)
     packed = open_set(config, split)
@@ -62,7 +62,7 @@ def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise RunFailed(f"scoring {parts[2]} failed: {error}") from error
+        raise RunError(f"scoring {parts[2]} failed: {error}") from error
     return _read(folder, split, packed.indices[split].label.astype(np.int64))
 
 

@@ -5,8 +5,9 @@ be shorter). Every worker has a stream of its own over its own parts: what a ran
 (`data.sampling`), never by who is faster, so nothing is dropped, repeated or dealt out unevenly. Decoding runs as Ray tasks on
 any node with free CPUs.
 
-Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store (half of it
-in blocks being made, half in blocks that wait), plus what workers have fetched.
+Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store: each has its
+share, of which Ray Data is told to fill a quarter with blocks that are made or wait; the rest is for what Ray overshoots (its bound is a
+soft one) and for the blocks that the worker is looking at. `tests/on_ray/test_stream.py` holds it.
 """
 
 from __future__ import annotations
@@ -74,16 +75,17 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
         )
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
-            concurrency=max(share // (2 * block), 1),
+            concurrency=min(max(share // (3 * block), 2), len(parts)),
             override_num_blocks=len(parts),
             num_cpus=data.cpus_per_task,
-            ray_remote_args={"max_retries": 5, "retry_exceptions": [OSError]},
+            max_retries=5,
+            retry_exceptions=[OSError],
         )
         context = dataset.context
         context.enable_progress_bars = False
         context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share, 2 * block))
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 4, 2 * block))
         yield from dataset.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=data.prefetch_batches)
 
     return pull

@@ -24,6 +24,9 @@ from vidfuse.config import RunConfig
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.train.worker import CheckpointError, note_checkpoint
 
+SCORE = "score"
+"""What Ray keeps checkpoints by: validation top-1, -1 for one inside an epoch (without a number it would keep them all)."""
+
 
 @ray.remote(num_cpus=0)
 class Monitor:
@@ -84,7 +87,8 @@ class RayWorker:
             write(folder)
             checkpoint = ray.train.Checkpoint.from_directory(str(folder))
             place = f"{name}-{self._token}"
-            ray.train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=place)
+            scored = {**metrics, SCORE: metrics.get("top1", -1.0)}
+            ray.train.report(scored, checkpoint=checkpoint, checkpoint_dir_name=place)
             if self.rank == 0:
                 self._folder.note(note_checkpoint(self._folder.checkpoints(), place, metrics))
         except OSError as error:

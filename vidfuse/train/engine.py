@@ -8,7 +8,7 @@ deepspeed.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -19,7 +19,8 @@ from vidfuse.data.sampling import World
 from vidfuse.models.recognizer import Recognizer, checkpoint_activations
 from vidfuse.train.optim import adamw
 
-Engine = deepspeed.DeepSpeedEngine
+Engine: TypeAlias = Any
+"""`deepspeed.DeepSpeedEngine`, which has no types."""
 
 
 def build_engine(

@@ -44,7 +44,9 @@ def model_of(config: Config) -> Recognizer:
     """
 
     def stream(part: Stream | None) -> dict[str, Any] | None:
-        return part and {"name": part.name, "frozen": part.frozen, "weights": part.weights, "options": part.options}
+        if part is None:
+            return None
+        return {"name": part.name, "frozen": part.frozen, "weights": part.weights, "options": part.options}
 
     return build_recognizer(
         classes=config.data.classes,
@@ -59,7 +61,7 @@ def model_of(config: Config) -> Recognizer:
 
 
 class Run:
-    """One rank's side of a run. A context: it lets the engine go at the end."""
+    """One rank's side of a run. A context: it lets the engine and the stream go at the end."""
 
     def __init__(self, config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapping[str, str]) -> None:
         self.config, self.worker, self.feed = config, worker, feed
@@ -82,6 +84,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.feed.close()
         self.engine.destroy()
 
     # What the loop asks around a step.

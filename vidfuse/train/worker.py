@@ -139,7 +139,8 @@ def init_process_group() -> None:
     if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def note_checkpoint(record: dict[str, Any], name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def note_checkpoint(record: dict[str, Any], name: str, metrics: Mapping[str, flo
     scores = dict(record["scores"])
     if "top1" in metrics:
         scores[name] = metrics["top1"]
-    best = max(scores, key=lambda n: (scores[n], -list(scores).index(n)), default=None)
+    best = max(scores, key=lambda n: (scores[n], list(scores).index(n)), default=None)  # of equals the later, as Ray keeps it
     return {"last": name, "best": best, "scores": scores}
 
 

@@ -1,0 +1,160 @@
+"""Training through the whole path on a real cluster and a real S3 server: equal losses, resume, best and last, scoring."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pyarrow.fs as pafs
+import pytest
+
+from tests import support
+from vidfuse.config import from_mapping, override
+from vidfuse.data.layouts import read_layout
+from vidfuse.on_ray import fit
+from vidfuse.on_ray.judge import judge, publish
+from vidfuse.on_ray.packing import pack, prepare
+from vidfuse.on_ray.runs import RunFolder
+from vidfuse.on_ray.storage import join, read_bytes
+from vidfuse.train.worker import CheckpointError
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+TRAIN, VALIDATION = 21, 10
+
+
+@pytest.fixture(scope="module")
+def config(s3, ray_cluster, tmp_path_factory):
+    source = support.make_ssv2(tmp_path_factory.mktemp("source"), {"train": TRAIN, "validation": VALIDATION})
+    url = s3.url("fit")
+    pack(prepare(read_layout(source, "ssv2"), source, url, 70_000))
+    tree = {
+        "data": {
+            "url": url,
+            "classes": 3,
+            "frames": 4,
+            "size": 32,
+            "block_bytes": 100_000,
+            "buffer_bytes": 2**24,
+            "cpus_per_task": 0.5,
+        },
+        "model": {
+            "semantic": {"name": "tiny_image", "frozen": True},
+            "motion": {"name": "tiny_motion", "frozen": False},
+            "fusion": {"name": "cross_attention", "width": 32, "heads": 4, "dropout": 0.0},
+        },
+        "train": {
+            "epochs": 2,
+            "global_batch": 8,
+            "micro_batch": 4,
+            "precision": "fp32",
+            "zero_stage": 2,
+            "log_every_steps": 1,
+            "checkpoint_every_steps": 2,
+        },
+        "cluster": {"workers": 2, "cpus_per_worker": 0.5},
+        "run": {"storage": s3.url("runs")},
+    }
+    return from_mapping(tree)
+
+
+def train(config, *, stop_at: int | None = None):
+    """Fit; ask the run to stop when it tells of step `stop_at`."""
+    stop, events = threading.Event(), []
+
+    def hear(event):
+        events.append(event)
+        if stop_at is not None and event["step"] >= stop_at:
+            stop.set()
+
+    fit.check(config)
+    return fit.fit(config, facts={"git_revision": "test"}, on_progress=hear, stop=stop), events
+
+
+def metrics(config) -> list[dict]:
+    folder = RunFolder.of(config.run)
+    return [json.loads(line) for line in read_bytes(folder.filesystem, join(folder.root, "metrics.jsonl")).splitlines()]
+
+
+def losses(config) -> list[float]:
+    lines = [line for line in metrics(config) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    config = override(config, ["run.name=whole"])
+    return config, *train(config)
+
+
+def test_a_run_leaves_its_records(whole):
+    config, result, events = whole
+    assert result["state"] == "finished" and result["steps"] == 6 and result["workers"] == 2
+    assert 0 <= result["data_wait_fraction"] <= 1 and result["clips_per_second"] > 0
+    assert events and {"epoch", "step", "steps", "clips_per_second", "data_wait_fraction"} <= set(events[-1])
+    folder = RunFolder.at(join(config.run.storage, "whole"))
+    assert folder.config() == config
+    for name in ("report.html", "result.json", "run.json", "metrics.jsonl", "config.yaml"):
+        assert read_bytes(folder.filesystem, join(folder.root, name))
+    assert json.loads(read_bytes(folder.filesystem, join(folder.root, "run.json")))["git_revision"] == "test"
+    record = folder.checkpoints()
+    state = folder.state(record["last"])
+    assert (state.step, state.epoch, state.ledger["used"]) == (6, 2, {})
+    assert record["best"] in record["scores"]
+
+
+def test_best_and_last_are_kept_and_no_other(whole):
+    config, *_ = whole
+    folder = RunFolder.of(config.run)
+    infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.root, recursive=True))
+    files = [info.path.removeprefix(f"{folder.root}/") for info in infos if info.type == pafs.FileType.File]
+    kept = {path.split("/")[0] for path in files if path.startswith("step-")}
+    record = folder.checkpoints()
+    assert kept == {record["best"], record["last"]}
+
+
+def test_one_worker_is_two_workers(whole, config):
+    alone = override(config, ["run.name=alone", "cluster.workers=1"])
+    train(alone)
+    a, b = losses(whole[0]), losses(alone)
+    assert max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
+def test_stopped_and_continued_is_unbroken(whole, config):
+    """Asked to stop, the run ends with a checkpoint inside the epoch; the same command goes on to the same losses, bit for bit."""
+    broken = override(config, ["run.name=broken"])
+    result, _ = train(broken, stop_at=1)
+    assert result["state"] == "stopped" and 1 < result["steps"] < 6
+    result, _ = train(broken)
+    assert result["state"] == "finished" and result["steps"] == 6
+    assert losses(broken) == losses(whole[0])
+
+
+def test_a_finished_run_is_told_and_more_epochs_go_on(whole):
+    config, result, _ = whole
+    again, events = train(config)
+    assert again == result and not events
+    longer = override(config, ["train.epochs=3"])
+    result, _ = train(longer)
+    assert result["steps"] == 9 and losses(longer)[:6] == losses(config)[:6]
+
+
+def test_another_config_is_refused_with_the_fields_that_differ(whole):
+    other = override(whole[0], ["train.learning_rate=0.5", "model.fusion.heads=2"])
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate: 0\.001 -> 0\.5") as error:
+        fit.check(other)
+    assert "model.fusion.heads: 4 -> 2" in str(error.value)
+
+
+def test_scoring_counts_every_video_and_writes_a_report(whole, tmp_path):
+    config, *_ = whole
+    folder = RunFolder.at(join(config.run.storage, "whole"))
+    judgement = judge(folder, override(folder.config(), ["evaluate.clips=2", "evaluate.crops=3"]), "best", facts={})
+    assert judgement.scores.samples == judgement.in_manifest == VALIDATION
+    place = publish(judgement, folder, tmp_path)
+    result = folder.json("evaluate/validation/result.json")
+    assert result["samples_scored"] == VALIDATION and result["top1"]["total"] == VALIDATION
+    assert place.endswith("evaluate/validation")
+    single = judge(folder, folder.config(), "best", facts={})
+    best = folder.checkpoints()
+    assert single.scores.top1.value == best["scores"][best["best"]]  # one view is what validation saw

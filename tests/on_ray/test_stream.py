@@ -1,0 +1,148 @@
+"""Every sample exactly once, through Ray Data from S3, for any number of workers; broken videos counted; memory bounded."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import numpy as np
+import pytest
+import ray
+from ray._private.internal_api import memory_summary
+
+from tests import support
+from vidfuse.config import DataConfig, from_mapping
+from vidfuse.data.clips import ClipReader, parts_of
+from vidfuse.data.feed import Feed, PackedSet, read_here
+from vidfuse.data.layouts import read_layout
+from vidfuse.data.sampling import World
+from vidfuse.data.shards import read_index, read_manifest
+from vidfuse.on_ray.packing import pack, prepare
+from vidfuse.on_ray.storage import open_storage
+from vidfuse.on_ray.stream import pull_through_ray
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+TRAIN, VALIDATION = 29, 13  # divided by nothing
+
+
+@pytest.fixture(scope="module")
+def packed(s3, ray_cluster, tmp_path_factory) -> PackedSet:
+    source = support.make_ssv2(tmp_path_factory.mktemp("source"), {"train": TRAIN, "validation": VALIDATION})
+    url = s3.url("stream")
+    pack(prepare(read_layout(source, "ssv2"), source, url, 70_000))
+    filesystem, root = open_storage(url)
+    manifest = read_manifest(filesystem, root)
+    assert len(manifest.splits["train"].shards) > 2
+    return PackedSet(filesystem, root, manifest, {s: read_index(filesystem, root, s) for s in ("train", "validation")})
+
+
+def feed_of(packed: PackedSet, size: int, rank: int, **data) -> Feed:
+    tree = {
+        "data": {"classes": 3, "frames": 4, "size": 32, "block_bytes": 40_000, "buffer_bytes": 4 * 2**20, "cpus_per_task": 0.5}
+        | data,
+        "train": {"global_batch": 12, "micro_batch": 2, "epochs": 3},
+    }
+    config = from_mapping(tree)
+    pull = read_here if data.get("decoder") else pull_through_ray(config.data, workers=size)
+    return Feed(config, packed, World(size, rank, 12, 2), pull)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_an_epoch_uses_every_sample_once_in_equal_steps(packed, workers):
+    steps, used = set(), []
+    for rank in range(workers):
+        feed = feed_of(packed, workers, rank)
+        for epoch in (0, 1):
+            count = 0
+            for micro_batches in feed.train(epoch, feed.order(epoch)):
+                count += 1
+                assert len(micro_batches) == 12 // (2 * workers)
+                for batch in micro_batches:
+                    assert batch.clips.shape == (2, 4, 3, 32, 32)
+                    assert ((batch.samples >= 0) == (batch.weights > 0)).all()
+                    used += [(epoch, int(s)) for s in batch.samples if s >= 0]
+            steps.add(count)
+        feed.close()
+    assert steps == {3}  # ceil(29 / 12)
+    assert sorted(used) == [(epoch, sample) for epoch in (0, 1) for sample in range(TRAIN)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_scoring_sees_every_sample_once_with_all_its_views(packed, workers):
+    batches = {
+        rank: list(feed_of(packed, workers, rank).score("validation", clips=2, crops=3, micro_batch=4))
+        for rank in range(workers)
+    }
+    assert len({len(b) for b in batches.values()}) == 1
+    seen = np.concatenate([b.samples.numpy() for part in batches.values() for b in part])
+    assert np.array_equal(np.bincount(seen[seen >= 0], minlength=VALIDATION), np.full(VALIDATION, 6))
+
+
+def test_ray_gives_what_this_process_reads(packed):
+    here = list(feed_of(packed, 2, 1, decoder="pyav").train(0, feed_of(packed, 2, 1).order(0)))
+    feed = feed_of(packed, 2, 1)
+    there = list(feed.train(0, feed.order(0)))
+    feed.close()
+    for a, b in zip(here, there, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert (x.clips == y.clips).all() and (x.samples == y.samples).all() and (x.labels == y.labels).all()
+
+
+def test_what_is_left_after_a_restart_is_streamed_and_nothing_else(packed):
+    feed = feed_of(packed, 1, 0)
+    order = feed.order(1)
+    rest = [int(s) for step in feed.train(1, order[12:]) for b in step for s in b.samples if s >= 0]
+    feed.close()
+    assert rest == order[12:].tolist()
+
+
+def test_order_and_draws_depend_on_the_epoch_and_the_seed_alone(packed):
+    a, b = feed_of(packed, 1, 0), feed_of(packed, 3, 2)
+    assert np.array_equal(a.order(4), b.order(4)) and not np.array_equal(a.order(4), a.order(5))
+
+
+def test_a_broken_video_costs_its_own_rows(s3, ray_cluster, packed, tmp_path):
+    """The bytes of one video are overwritten in its shard: its rows have weight 0 and a reason, the others are untouched."""
+    index = packed.indices["validation"]
+    victim = 5
+    filesystem, root = open_storage(str(tmp_path))
+    for shard in index.shards:
+        content = bytearray(packed.filesystem.open_input_file(f"{packed.root}/{shard}").read())
+        if shard == index.shards[index.shard[victim]]:
+            start = int(index.offset[victim])
+            content[start + 40 : start + int(index.size[victim])] = bytes(int(index.size[victim]) - 40)
+        (tmp_path / shard).write_bytes(content)
+    broken = PackedSet(filesystem, root, packed.manifest, packed.indices)
+    batches = list(feed_of(broken, 1, 0).score("validation", clips=1, crops=1, micro_batch=4))
+    weights = {int(s): float(w) for b in batches for s, w in zip(b.samples, b.weights, strict=True) if s >= 0}
+    assert weights == {i: float(i != victim) for i in range(VALIDATION)}
+    errors = [error for b in batches for error in b.errors]
+    assert [(e.shard, e.key) for e in errors] == [(index.shards[index.shard[victim]], index.key[victim])]
+    assert errors[0].reason
+
+
+def plasma_mib() -> float:
+    found = re.search(
+        r"Plasma memory usage (\d+) MiB", memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)
+    )
+    assert found
+    return float(found[1])
+
+
+def test_memory_is_bounded_with_four_times_as_much_data(packed):
+    """A slow worker: what waits in the object store stays within `buffer_bytes`, though four times as much is to come."""
+    data = DataConfig(
+        classes=3, frames=16, size=112, block_bytes=4 * 2**20, buffer_bytes=32 * 2**20, cpus_per_task=0.5, prefetch_batches=1
+    )
+    reader = ClipReader(packed.filesystem, packed.root, data, seed=0)
+    samples = np.concatenate([np.arange(TRAIN)] * 8)
+    parts = list(parts_of(packed.indices["train"], samples, 2, epoch=0))
+    assert sum(len(p.videos) for p in parts) * reader.clip_bytes > 4 * data.buffer_bytes
+    before, most, rows = plasma_mib(), 0.0, 0
+    for columns in pull_through_ray(data, workers=1)(reader, parts, 2):
+        rows += len(columns["sample"])
+        time.sleep(0.05)
+        most = max(most, plasma_mib() - before)
+    print(f"most held: {most} of {data.buffer_bytes / 2**20} MiB")
+    assert rows == len(samples)
+    assert 0 < most <= data.buffer_bytes / 2**20, f"{most} MiB were held"
