@@ -250,13 +250,14 @@ def _trained(part: nn.Module) -> Iterator[nn.Parameter]:
 
 def _digest(name: str, stream: nn.Module) -> str:
     trained = {n for n, p in stream.named_parameters() if p.requires_grad}
+    sharded = {n for n, p in stream.named_parameters() if hasattr(p, "ds_numel")}  # ZeRO-3 has taken their values
     digest = hashlib.sha256()
     for key, value in sorted(stream.state_dict().items()):
         if key in trained:
             continue
-        if value.is_meta or (value.is_floating_point() and value.dtype != torch.float32) or hasattr(value, "ds_numel"):
+        if value.is_meta or (value.is_floating_point() and value.dtype != torch.float32) or key in sharded:
             raise ValueError(
-                f"digest of {name}.{key}: it is {value.dtype} on {value.device}; take it before the engine casts the model"
+                f"digest of {name}.{key}: it is {value.dtype} on {value.device}; take it before the engine casts or shards the model"
             )
         digest.update(f"{key} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
