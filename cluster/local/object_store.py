@@ -166,7 +166,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, required=True, help="folder of the server's data")
     parser.add_argument("--port", type=int, default=8333, help="port of S3; 0: any free one (default 8333)")
     parser.add_argument("--bucket", action="append", help="bucket to make; may be repeated (default vidfuse)")
-    parser.add_argument("--with-parent", action="store_true", help="end when the process that started this one ends (Linux)")
+    parser.add_argument("--with-parent", action="store_true", help="end when what started this ends (Linux: its thread, even)")
     options = parser.parse_args(argv)
     options.dir = options.dir.absolute()
     return options

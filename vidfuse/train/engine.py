@@ -61,7 +61,9 @@ def engine_config(train: TrainConfig, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": world.accumulation,
         "gradient_clipping": train.clip_norm or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": train.precision == "bf16"},
+        "bf16": {"enabled": train.precision == "bf16" and train.zero_stage > 0},
+        # Without ZeRO, DeepSpeed's bf16 keeps no fp32 weights: autocast over fp32 weights does.
+        "torch_autocast": {"enabled": train.precision == "bf16" and train.zero_stage == 0, "dtype": "bfloat16"},
         "fp16": {"enabled": train.precision == "fp16", "loss_scale": 0, "initial_scale_power": 12},
         # Without ZeRO, DeepSpeed accumulates in the dtype of the model only.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if train.zero_stage else {}),

@@ -31,5 +31,11 @@ class TinyMotion(nn.Module):
 
 
 def build(*, frames: int, size: int, width: int = 32) -> TinyMotion:
-    """Build it."""
+    """Build it.
+
+    Args:
+        frames: of a clip.
+        size: of a clip, pixels.
+        width: D.
+    """
     return TinyMotion(width)
