@@ -53,7 +53,7 @@ WEBM_EVERY = 6
 
 _STAGE = 0.8 * HEIGHT
 """Side of the centred square inside which objects' centres are, pixels."""
-_RADII = (0.10 * HEIGHT, 0.30 * HEIGHT)
+_RADII = (0.15 * HEIGHT, 0.40 * HEIGHT)
 """Smallest and largest radius of an object, pixels."""
 _FADE = 0.04
 """Share of the circle on each side of a wrap in which an object fades."""
@@ -95,8 +95,8 @@ _TRAVEL = {
     "none": (0.0, 0.0),
     "x": (0.5, 0.85),
     "y": (0.5, 0.85),
-    "angle": (0.3, 0.6),
-    "size": (0.65, 0.95),
+    "angle": (0.45, 0.8),
+    "size": (0.8, 1.2),
     "distance": (0.6, 0.95),
 }
 """Shortest and longest way of each flow, in turns of its circle."""
@@ -261,7 +261,7 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
     width, fps = int(rng.choice(WIDTHS)), int(rng.choice(FRAME_RATES))
     seconds = SECONDS[0] + (SECONDS[1] - SECONDS[0]) * rng.random() ** 5
     thing, other = _looks(seed, split, index)
-    drift, heading = rng.uniform(0.02, 0.22) * HEIGHT, rng.uniform(0, 2 * math.pi)
+    drift, heading = rng.uniform(0.02, 0.18) * HEIGHT, rng.uniform(0, 2 * math.pi)
     return Scene(
         template=TEMPLATES[class_of(seed, split, index)],
         start=rng.random(len(PHASES)),
@@ -271,7 +271,7 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
         camera=np.array(
             [drift * math.cos(heading), drift * math.sin(heading), rng.uniform(-0.12, 0.12), rng.uniform(-0.1, 0.1)]
         ),
-        other_radius=float(rng.uniform(0.4, 0.75) * _RADII[1]),
+        other_radius=float(rng.uniform(0.4, 0.7) * _RADII[1]),
         other_angle=float(rng.uniform(0, 2 * math.pi)),
         other_on_top=bool(rng.random() < 0.5),
         background=_paint_background(rng, HEIGHT + 2 * _MARGIN, width + 2 * _MARGIN),
