@@ -39,8 +39,8 @@ def test_every_preset_is_planned(name, capsys):
 def test_the_plan_has_steps_and_batches_of_each_world_size(packed, capsys, tmp_path):
     assert dry_run(f"data.url={packed}", "data.classes=3", "cluster.workers=[1,3]", f"run.storage={tmp_path}") == 0
     said = capsys.readouterr().out
-    assert "13 training samples / 32 = 1 steps an epoch" in said
-    assert "1 workers: micro batch 16 x accumulation 2 x 1 = 32" in said
+    assert "13 training samples / 16 = 1 steps an epoch" in said
+    assert "1 workers: micro batch 8 x accumulation 2 x 1 = 16" in said
     assert "3 workers: refused" in said
 
 
@@ -50,7 +50,7 @@ def test_the_plan_has_steps_and_batches_of_each_world_size(packed, capsys, tmp_p
         ("train.epochz=3", ["train.epochz", "did you mean epochs"]),
         ("train.epochs=many", ["train.epochs", "many", "integer"]),
         ("train.precision=fp8", ["train.precision", "fp32", "bf16", "fp16", "fp8"]),
-        ("train.global_batch=33", ["global_batch 33", "micro_batch 16"]),
+        ("train.global_batch=33", ["global_batch 33", "micro_batch 8"]),
         ("model.fusion.name=sum", ["there is no 'sum'", "cross_attention", "concat", "mean"]),
         ("model.fusion.hedas=4", ["hedas", "did you mean heads"]),
         ("model.semantic.name=dinov9", ["there is no 'dinov9'", "dinov3"]),
@@ -125,7 +125,7 @@ def test_more_workers_than_the_cluster_has_room_for(ray_cluster):
 @pytest.mark.ray
 def test_a_batch_that_the_workers_cannot_divide(ray_cluster):
     with pytest.raises(
-        ConfigError, match=r"train\.global_batch: 32 is not divided by every allowed number of workers \(1 to 3\)"
+        ConfigError, match=r"train\.global_batch: 16 is not divided by every allowed number of workers \(1 to 3\)"
     ):
         fit.resources(override(get("demo"), ["cluster.workers=[1,3]"]))
 

@@ -18,11 +18,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from vidfuse.models import select, weights
 from vidfuse.models.layers import Normalize, check_share
 from vidfuse.models.parts import Backbone, Fused, Fusion, Tokens
+from vidfuse.models.precision import bfloat16_arithmetic
 
 
 class LinearHead(nn.Module):
@@ -73,9 +75,10 @@ class Recognizer(nn.Module):
 
         Arithmetic is that of the parameters' dtype (an engine may have cast them), or autocast's.
         """
-        streams = {name: self._tokens(name, clips) for name in self.streams}
-        fused: Fused = self.fusion(streams, return_attention=return_attention)
-        logits = self.head(fused.feature).float()
+        with bfloat16_arithmetic(clips):
+            streams = {name: self._tokens(name, clips) for name in self.streams}
+            fused: Fused = self.fusion(streams, return_attention=return_attention)
+            logits = self.head(fused.feature).float()
         return (logits, fused.attention) if return_attention else logits
 
     def train(self, mode: bool = True) -> Recognizer:
@@ -195,7 +198,23 @@ def _recompute(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any
     extra: dict[str, Any] = {}
     if any(isinstance(m, _BatchNorm) for m in block.modules()):
         extra["context_fn"] = lambda: (nullcontext(), _statistics_kept(block))
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+    return checkpoint(_as_in_forward(forward), *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+
+
+def _as_in_forward(forward: Any) -> Any:
+    """The forward of a block in the arithmetic of the recogniser's forward, also when backward computes it again."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with bfloat16_arithmetic(torch.empty(0, device=_device(args))):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _device(values: Any) -> torch.device:
+    """Device of the first tensor in nested values; the CPU if there is none."""
+    tensors = (v for v in tree_leaves(values) if isinstance(v, Tensor))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 @contextmanager
