@@ -78,11 +78,11 @@ MOTIONS: dict[str, Motion] = {
     "Holding [something]": Motion("none"),
     "Moving [something] and [something] away from each other": Motion("distance", 1),
     "Moving [something] and [something] closer to each other": Motion("distance", -1),
-    "Moving [something] away from the camera": Motion("size", -1),
     "Moving [something] down": Motion("y", 1),
-    "Moving [something] towards the camera": Motion("size", 1),
     "Moving [something] up": Motion("y", -1),
+    "Pretending to lift or drop [something]": Motion("y", 1, returns=True),
     "Pretending to push [something]": Motion("x", 1, returns=True),
+    "Pretending to turn [something]": Motion("angle", 1, returns=True),
     "Pushing [something] from left to right": Motion("x", 1),
     "Pushing [something] from right to left": Motion("x", -1),
     "Turning [something] clockwise": Motion("angle", 1),
@@ -239,11 +239,13 @@ def describe(template: str, placeholders: Sequence[str]) -> str:
 
 
 def annotation_files(counts: dict[Split, int], *, seed: int) -> dict[str, Any]:
-    """The annotation files, as Something-Something-V2 has them: file name -> content."""
+    """The annotation files, as Something-Something-V2 has them: file name -> content; none for a test split without videos."""
     labels = {template.replace("[something]", "something"): str(i) for i, template in enumerate(TEMPLATES)}
     files: dict[str, Any] = {"labels.json": labels}
     for split, count in counts.items():
         names = [video_name(split, i).partition(".")[0] for i in range(count)]
+        if split == "test" and not count:
+            continue
         if split == "test":
             files["test.json"] = [{"id": name} for name in names]
         else:

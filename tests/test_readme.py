@@ -1,0 +1,43 @@
+"""The README's tree and commands are those of the project."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from jobs import cli
+from tests.support import REPO
+from vidfuse.presets import PRESETS
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_names_what_is_there():
+    tree = README.split("## The tree")[1].split("```")[1]
+    folder, named = "", set()
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        folder = "" if not line.startswith(" ") else folder
+        assert (REPO / folder / name).exists(), f"{folder}{name} is in the README's tree and nowhere else"
+        named.add(f"{folder}{name}".rstrip("/"))
+        folder = name if not line.startswith(" ") else folder
+    rooms = {f"vidfuse/{path.name}" for path in (REPO / "vidfuse").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms <= named, f"rooms that the README's tree lacks: {rooms - named}"
+
+
+def test_the_commands_parse():
+    commands = re.findall(r"^python -m jobs\.(\w+) (.*)$", README, flags=re.MULTILINE)
+    assert {name for name, _ in commands} >= {"pack", "check", "train", "evaluate"}
+    for name, arguments in commands:
+        assert (REPO / "jobs" / f"{name}.py").exists()
+        if name == "train":
+            config = cli.config_of(cli.parser("", config=True).parse_args(shlex.split(arguments)))
+            assert config.data.url == "s3://bucket/ssv2"
+
+
+def test_make_targets_and_presets_that_are_named_exist():
+    makefile = (REPO / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for name in re.findall(r"--preset (\w+)", README):
+        assert name in PRESETS
