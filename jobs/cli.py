@@ -53,9 +53,8 @@ def config_of(options: argparse.Namespace) -> Config:
 def main(job: Callable[[], int]) -> NoReturn:
     """Run a job's `main` and leave with its exit code; people's mistakes become one message, not a traceback."""
     from vidfuse.data.shards import DataError
-    from vidfuse.on_ray.fit import RunError
     from vidfuse.on_ray.storage import StorageError
-    from vidfuse.train.worker import CheckpointError
+    from vidfuse.train.errors import CheckpointError, RunError
 
     try:
         code = job()

@@ -189,7 +189,7 @@ def classifiers():
     return {
         "linear": make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=60)),
         "neighbours": make_pipeline(StandardScaler(), KNeighborsClassifier(15)),
-        "trees": ExtraTreesClassifier(150, min_samples_leaf=2, random_state=0),
+        "trees": ExtraTreesClassifier(100, min_samples_leaf=2, random_state=0),
     }
 
 
@@ -210,7 +210,7 @@ def seen():
     rng = np.random.default_rng(4)
     seen = {name: [] for name in ("first", "middle", "last", "random", "pair", "decoded first", "decoded last")}
     labels = []
-    for i in range(720):
+    for i in range(600):
         scene = draw_scene(11, "train", i)
         labels.append(class_of(11, "train", i))
         shots = {

@@ -16,7 +16,7 @@ from vidfuse.on_ray.judge import judge, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
-from vidfuse.train.worker import CheckpointError
+from vidfuse.train.errors import CheckpointError
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 TRAIN, VALIDATION = 21, 10

@@ -13,8 +13,9 @@ from vidfuse.data.batch import SampleError
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
+from vidfuse.train.errors import CheckpointError
 from vidfuse.train.loop import run
-from vidfuse.train.worker import CheckpointError, LocalWorker, read_checkpoints
+from vidfuse.train.worker import LocalWorker, read_checkpoints
 
 
 def broken_pull(every: int):

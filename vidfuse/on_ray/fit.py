@@ -32,18 +32,15 @@ from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.worker import SCORE, Monitor, RayWorker
 from vidfuse.train.checkpoint import check_matches
+from vidfuse.train.errors import CheckpointError, RunError
 from vidfuse.train.loop import run
 from vidfuse.train.run import model_of
-from vidfuse.train.worker import CheckpointError, Progress
+from vidfuse.train.worker import Progress
 
 POLL_SECONDS = 0.3
 """Between two looks at the monitor."""
 WORKERS_WITHOUT_GPU = 2
 """Train workers where `cluster.workers` is null and the cluster has no GPU."""
-
-
-class RunError(RuntimeError):
-    """A run that ended by a fault; its last checkpoint is on its storage and the same command continues from it."""
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.models.recognizer import frozen_digest
-from vidfuse.on_ray.fit import RunError, open_set, ray_settings, resources
+from vidfuse.on_ray.fit import open_set, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.train.checkpoint import load_weights
+from vidfuse.train.errors import RunError
 from vidfuse.train.run import model_of
 from vidfuse.train.validate import Scored, score
 

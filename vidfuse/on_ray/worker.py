@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from vidfuse.config import RunConfig
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.train.worker import CheckpointError, note_checkpoint
+from vidfuse.train.errors import CheckpointError
+from vidfuse.train.worker import note_checkpoint
 
 SCORE = "score"
 """What Ray keeps checkpoints by: validation top-1, -1 for one inside an epoch (without a number it would keep them all)."""

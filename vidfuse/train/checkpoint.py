@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from vidfuse.config import Config, differences, from_mapping
 from vidfuse.models.recognizer import Recognizer, trainable_state
 from vidfuse.train.engine import Engine
-from vidfuse.train.worker import CheckpointError, write_json
+from vidfuse.train.errors import CheckpointError
+from vidfuse.train.worker import write_json
 
 STATE, WEIGHTS, ZERO, TAG = "state.json", "model.safetensors", "zero", "state"
 

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from vidfuse.train.errors import CheckpointError
+
 CHECKPOINTS = "checkpoints.json"
 """File of a run: `{"last": name, "best": name, "scores": {name: top1}}`."""
 CHECKPOINT_PREFIX = "step-"
@@ -58,10 +60,6 @@ class Worker(Protocol):
     def should_stop(self) -> bool:
         """Whether the run has been asked to end with a checkpoint (the same answer on all ranks)."""
         ...
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, read or used: the message says which, why and what to do."""
 
 
 class LocalWorker:
