@@ -28,9 +28,9 @@ with install_import_hook("vidfuse.models", "beartype.beartype"):
     from vidfuse.models.layers import grid_positions
     from vidfuse.models.parts import Tokens
     from vidfuse.models.recognizer import build_recognizer
-    clips = torch.zeros(1, 1, 3, 112, 112, dtype=torch.uint8)
+    clips = torch.zeros(1, 2, 3, 112, 112, dtype=torch.uint8)
     for name in select.names("backbones"):
-        model = build_recognizer(classes=3, frames=1, size=112, motion={"name": name}, fusion={"name": "mean"})
+        model = build_recognizer(classes=3, frames=2, size=112, motion={"name": name}, fusion={"name": "mean"})
         model(clips)
     streams = {n: Tokens(torch.zeros(2, 3, 8), grid_positions(3, 1, 1), torch.ones(2, 3) > 0) for n in ("semantic", "motion")}
     for fusion in select.names("fusion"):
