@@ -81,6 +81,8 @@ def start_ray(**options: Any) -> None:
 
     # A worker that starts is a new process that imports torch and deepspeed; on a busy machine that takes its time.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+    # A reading process that waits for room in the buffer is kept; Ray would end it after a second and start another one.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     ray.init(

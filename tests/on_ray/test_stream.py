@@ -146,3 +146,19 @@ def test_memory_is_bounded_with_four_times_as_much_data(packed):
     print(f"most held: {most} of {data.buffer_bytes / 2**20} MiB")
     assert rows == len(samples)
     assert 0 < most <= data.buffer_bytes / 2**20, f"{most} MiB were held"
+
+
+def test_a_full_buffer_costs_the_worker_no_time(packed):
+    """While the worker is busy with a block, Ray Data's control loop, which runs in its process, rests."""
+    data = DataConfig(classes=3, frames=16, size=112, block_bytes=2**21, buffer_bytes=32 * 2**20, cpus_per_task=0.5)
+    reader = ClipReader(packed.filesystem, packed.root, data, seed=0)
+    parts = list(parts_of(packed.indices["train"], np.concatenate([np.arange(TRAIN)] * 8), 2, epoch=0))
+    stream = pull_through_ray(data, workers=1)(reader, parts, 2)
+    next(stream)
+    time.sleep(3)  # the buffer fills
+    start = time.process_time()
+    time.sleep(4)
+    used = time.process_time() - start
+    stream.close()
+    time.sleep(1)  # Ray Data's threads end a moment after their stream; they must not outlive the cluster
+    assert used < 1.0, f"{used:.2f} s of processor time in 4 s"
