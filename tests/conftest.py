@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,13 +32,14 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     if any("s3" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("s3")
     scratch = Path(tempfile.mkdtemp(prefix="vfr-", dir="/tmp"))  # a short path: Ray's sockets live below it
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")  # as jobs.cli.start_ray does
     ray.init(
         address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         _temp_dir=str(scratch),
-        object_store_memory=512 * 1024**2,
+        object_store_memory=(4 * 1024 if request.config.option.markexpr == "bench" else 512) * 1024**2,
         runtime_env={"env_vars": {"PYTHONPATH": str(support.REPO)}},
     )
     try:

@@ -83,7 +83,7 @@ class DataConfig(Section):
     """Video decoder."""
     block_bytes: int = Field(16 * 1024**2, ge=1)
     """Decoded clips that one Ray Data task reads and gives as one block, in bytes; at least one micro batch."""
-    cpus_per_task: float = Field(1.0, gt=0)
+    cpus_per_task: float = Field(0.5, gt=0)
     """CPUs that one reading task asks of Ray."""
     buffer_bytes: int = Field(4 * 1024**3, ge=1)
     """Decoded clips that may wait between reading tasks and workers, all workers together, in bytes."""

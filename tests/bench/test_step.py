@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import ray.train
@@ -21,7 +23,7 @@ from vidfuse.train.run import model_of
 from vidfuse.train.step import train_step
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray]
-GOAL, REPEATS = 1.05, 9
+GOAL, REPEATS = 1.05, 7
 
 
 def measure(settings: dict) -> None:
@@ -53,13 +55,13 @@ def measure(settings: dict) -> None:
 
     ours(), bare()
     pairs = [(ours(), bare()) for _ in range(REPEATS)]
-    ray.train.report({"pairs": pairs})
+    Path(settings["answer"]).write_text(json.dumps(pairs))
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_costs_what_pytorch_costs(ray_cluster, tmp_path, stage):
     tree = {
-        "data": {"classes": 12, "frames": 8, "size": 112},
+        "data": {"classes": 12, "frames": 8, "size": 64},
         "model": {
             "semantic": {"name": "dinov3", "variant": "vits16", "frozen": True},
             "motion": {"name": "r3d", "batch_norm": "frozen", "frozen": False},
@@ -75,11 +77,12 @@ def test_a_step_costs_what_pytorch_costs(ray_cluster, tmp_path, stage):
     }
     trainer = TorchTrainer(
         measure,
-        train_loop_config={"config": tree},
+        train_loop_config={"config": tree, "answer": str(tmp_path / "pairs.json")},
         scaling_config=ScalingConfig(num_workers=1),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path), name="bench"),
     )
-    pairs = trainer.fit().metrics["pairs"]
+    trainer.fit()
+    pairs = json.loads((tmp_path / "pairs.json").read_text())
     ratios = [a / b for a, b in pairs]
     seconds = (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs))
     print(f"\nZeRO-{stage}: {seconds[0]:.2f} s under Ray and DeepSpeed, {seconds[1]:.2f} s bare")
