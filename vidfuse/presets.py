@@ -37,7 +37,7 @@ def get(name: str) -> Config:
 def demo() -> Config:
     """The synthetic motion set: a frozen appearance stream, a trained motion stream, cross-attention.
 
-    Command: `make demo`. Hardware: 2 CPU cores. Time and figure: see the README, "The demo".
+    Command: `make demo`. Hardware: 2 CPU cores. Time and figure: 429 s for the whole demo, top-1 0.904 (chance 0.083).
     """
     return from_mapping(
         {
@@ -77,7 +77,7 @@ def demo() -> Config:
 def demo_single_frame() -> Config:
     """`demo` with the same budget of videos and steps, but each clip is one frame: what appearance alone can tell.
 
-    The frame is given twice, since the motion stream compares neighbours. Command, time and figure: with `demo`'s; expected: chance.
+    The frame is given twice, since the motion stream compares neighbours. Command and hardware: with `demo`'s. Figure: 0.071, chance.
     """
     return override(demo(), ["data.sampling=single", "data.frames=2", "run.name=demo-single-frame"])
 
@@ -87,7 +87,8 @@ def ssv2_cross_attention_r3d() -> Config:
     """Something-Something-V2: frozen DINOv3 ViT-S+/16 and a frozen R3D-18, bidirectional cross-attention 512 wide, 8 heads.
 
     Command: `python -m jobs.train --preset ssv2_cross_attention_r3d --set data.url=s3://... run.storage=s3://...
-    model.semantic.weights=pretrained model.motion.weights=pretrained`. Hardware: not measured. Time and figure: not measured.
+    model.semantic.weights=pretrained model.motion.weights=pretrained`. Time and figure: not measured
+    (4 steps with random weights ran on 2 CPU workers in 2.4 GiB each).
     """
     return from_mapping(
         {

@@ -2,7 +2,7 @@
 
 Both decode the same videos to as many frames of the same size, epochs in a row as in training, the start of the stream included.
 They run in turn, several times, in one session: the median of the ratios is what counts, not the seconds.
-Run by `make bench`; the figures go into docs/BENCHMARKS.md by hand, with hardware and commit.
+Run by `make bench`; the figures go into README.md beside this file by hand, with hardware and commit.
 """
 
 from __future__ import annotations
