@@ -6,9 +6,14 @@ Comes in: a config and a model on the meta device. Goes out: tables and estimate
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vidfuse.config import Config
 from vidfuse.data.sampling import World, steps_of
@@ -62,7 +67,7 @@ def steps_line(config: Config, samples: int) -> str:
 
 
 def memory(config: Config, model: Recognizer, workers: int) -> Memory:
-    """Estimate one worker's memory: states as ZeRO shards them, activations by what autograd would keep.
+    """Estimate one worker's memory: states as ZeRO shards them, activations by what a forward and backward would hold.
 
     Args:
         config: precision, ZeRO stage, micro batch, activation checkpointing.
@@ -86,25 +91,54 @@ def memory(config: Config, model: Recognizer, workers: int) -> Memory:
 
 
 def activation_bytes(config: Config, model: Recognizer) -> int:
-    """Bytes that autograd keeps for one micro batch, found by a forward pass on the meta device."""
+    """Most bytes that live at a time in forward and backward of one micro batch, parameters and their gradients aside.
+
+    Found by running both on the meta device: what autograd keeps, what activation checkpointing computes again, and what a frozen
+    stream holds while it runs. Workspaces of convolution libraries are not in it.
+    """
     model = copy.deepcopy(model).train()
     if config.train.precision != "fp32":
         model = model.to(torch.bfloat16)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
-    kept: dict[tuple[int, int], int] = {}
-    parameters = {id(p) for p in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in parameters:
-            kept[(id(tensor), len(kept))] = tensor.numel() * tensor.element_size()
-        return tensor
-
     shape = (config.train.micro_batch, config.data.frames, 3, config.data.size, config.data.size)
     clips = torch.empty(shape, dtype=torch.uint8, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(clips)
-    return sum(kept.values())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)  # there already, so that it is not counted
+    with LiveBytes() as live:
+        model(clips).sum().backward()
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside and alive; `peak` is the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 def memory_line(estimate: Memory, workers: int) -> str:
