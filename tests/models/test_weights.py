@@ -133,7 +133,7 @@ def test_other_content_endings_and_missing_files_are_named(tmp_path, saved):
     with pytest.raises(ValueError, match=r"nothere\.pt does not exist; give"):
         _loaded(tmp_path / "nothere.pt")
     (tmp_path / "w.bin").touch()
-    with pytest.raises(ValueError, match=r"ends in '\.bin'; \.safetensors, \.pt and \.pth"):
+    with pytest.raises(ValueError, match=r"ends in '\.bin'; \.safetensors, \.pt, \.pth and \.pyth"):
         _loaded(tmp_path / "w.bin")
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vidfuse.models.parts import Tokens
 
@@ -146,6 +147,31 @@ def with_own_batch_norm(module: nn.Module) -> nn.Module:
         else:
             with_own_batch_norm(child)
     return module
+
+
+class FreezableBatchNorm(nn.Module):
+    """A network whose batch norm may be frozen: statistics and affine parameters stay as they are, also in training mode."""
+
+    batch_norm: Literal["train", "frozen"] = "train"
+
+    def set_batch_norm(self, mode: Literal["train", "frozen"]) -> None:
+        """Choose; called once the network's parts are there."""
+        self.batch_norm = mode
+        if mode == "frozen":
+            for norm in self._norms():
+                norm.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> FreezableBatchNorm:
+        """Set training mode, except for batch norm that is frozen."""
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def _norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, _BatchNorm)]
 
 
 class Attention(nn.Module):

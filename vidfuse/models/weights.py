@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("state_dict", "model", "model_state")
 """Keys under which training scripts nest the weights in a `.pth`."""
 SHOWN = 4
 """Names listed of each kind of fault."""
@@ -42,7 +42,7 @@ def load(
 
     Args:
         module: What the weights are for.
-        source: `.safetensors`, `.pt` or `.pth` file; `FILE#sha256=HEX` also states its hash. `None`: nothing is done.
+        source: `.safetensors`, `.pt`, `.pth` or `.pyth` file; `FILE#sha256=HEX` also states its hash. `None`: nothing is done.
         sha256: Hash that the file must have, as hexadecimal text.
         rename: Prefixes of names in the file and what to put in their place (`{"module.": ""}` strips one).
 
@@ -139,9 +139,11 @@ def fetching(what: str, *, file: str) -> Iterator[None]:
 
 def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist; give a .safetensors, .pt or .pth file, `pretrained` or null")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"weights file {path} ends in {path.suffix!r}; .safetensors, .pt and .pth are read")
+        raise ValueError(
+            f"weights file {path} does not exist; give a .safetensors, .pt, .pth or .pyth file, `pretrained` or null"
+        )
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".pyth"):
+        raise ValueError(f"weights file {path} ends in {path.suffix!r}; .safetensors, .pt, .pth and .pyth are read")
     if sha256 and (found := _sha256(path)) != sha256.lower():
         raise ValueError(f"weights file {path} has sha256 {found}, stated is {sha256}; it is another file or damaged")
     try:

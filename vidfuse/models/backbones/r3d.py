@@ -16,11 +16,10 @@ from typing import Literal
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.video import R3D_18_Weights, VideoResNet, r3d_18
 
 from vidfuse.models import weights
-from vidfuse.models.layers import grid_positions, with_own_batch_norm
+from vidfuse.models.layers import FreezableBatchNorm, grid_positions, with_own_batch_norm
 from vidfuse.models.parts import Tokens
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ PUBLISHED = R3D_18_Weights.KINETICS400_V1
 WIDTHS = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
 
 
-class R3D(nn.Module):
+class R3D(FreezableBatchNorm):
     """Stages of a torchvision video residual network, under its own parameter names, up to the one that is asked for.
 
     Args:
@@ -44,14 +43,10 @@ class R3D(nn.Module):
         self.mean: tuple[float, float, float] = tuple(transform.mean)
         self.std: tuple[float, float, float] = tuple(transform.std)
         self.width = WIDTHS[stage]
-        self.batch_norm = batch_norm
         self.stages = ("stem", *(name for name in WIDTHS if name <= stage))
         for name in self.stages:
             self.add_module(name, with_own_batch_norm(network.get_submodule(name)))
-        if batch_norm == "frozen":
-            for norm in self._norms():
-                norm.requires_grad_(False)
-        self.train(self.training)
+        self.set_batch_norm(batch_norm)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -66,14 +61,6 @@ class R3D(nn.Module):
         t, h, w = x.shape[2:]
         return Tokens(rearrange(x, "B D t h w -> B (t h w) D"), grid_positions(t, h, w, clip.device))
 
-    def train(self, mode: bool = True) -> R3D:
-        """Set training mode, except for batch norm that is frozen."""
-        super().train(mode)
-        if self.batch_norm == "frozen":
-            for norm in self._norms():
-                norm.eval()
-        return self
-
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of torchvision's file without the classifier and the stages that are not here."""
         later = tuple(f"{name}." for name in (*WIDTHS, "fc") if name not in self.stages)
@@ -81,9 +68,6 @@ class R3D(nn.Module):
         if dropped:
             log.info("r3d: %d tensors of the file are not used (%s)", len(dropped), ", ".join(later))
         return {key: value for key, value in state.items() if key not in dropped}
-
-    def _norms(self) -> list[nn.Module]:
-        return [m for m in self.modules() if isinstance(m, _BatchNorm)]
 
 
 def build(
