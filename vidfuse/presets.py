@@ -112,3 +112,20 @@ def ssv2_cross_attention_r3d() -> Config:
             "run": {"name": "ssv2_cross_attention_r3d"},
         }
     )
+
+
+@preset
+def ssv2_cross_attention() -> Config:
+    """Something-Something-V2: frozen DINOv3 ViT-S+/16 and a frozen I3D-R50, bidirectional cross-attention 512 wide, 8 heads.
+
+    Command: `python -m jobs.train --preset ssv2_cross_attention --set data.url=s3://... run.storage=s3://...
+    model.semantic.weights=pretrained model.motion.weights=pretrained`. Time and figure: not measured.
+    """
+    return override(ssv2_cross_attention_r3d(), ["model.motion.name=i3d", "run.name=ssv2_cross_attention"])
+
+
+@preset
+def ssv2_cross_attention_dinov2() -> Config:
+    """`ssv2_cross_attention` with DINOv2 ViT-S/14 (384 wide, 256 patches a frame). Time and figure: not measured."""
+    changes = ["model.semantic.name=dinov2", "model.semantic.variant=vits14", "run.name=ssv2_cross_attention_dinov2"]
+    return override(ssv2_cross_attention(), changes)
