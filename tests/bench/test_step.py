@@ -23,7 +23,7 @@ from vidfuse.train.run import model_of
 from vidfuse.train.step import train_step
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray]
-GOAL, REPEATS = 1.05, 3
+GOAL, REPEATS = 1.05, 7
 
 
 def measure(settings: dict) -> None:
