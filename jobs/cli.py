@@ -24,6 +24,15 @@ from vidfuse.config import Config, ConfigError, override, read_file
 # Said at every import on a machine without a GPU, where it is no news.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
+RAY_SETTINGS = {
+    # A worker that starts is a new process that imports torch and deepspeed; on a busy machine that takes its time.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # A reading process that waits for room in the buffer is kept; Ray would end it after a second and start another one.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""What a cluster that a job starts, and its driver, find in their environment, unless it is there already."""
+
 
 def parser(doc: str | None, *, config: bool = False) -> argparse.ArgumentParser:
     """A job's argument parser; `config`: with --preset, --config, --set and --dry-run."""
@@ -79,11 +88,8 @@ def start_ray(**options: Any) -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job's own), or start one on this machine."""
     import ray
 
-    # A worker that starts is a new process that imports torch and deepspeed; on a busy machine that takes its time.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
-    # A reading process that waits for room in the buffer is kept; Ray would end it after a second and start another one.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     ray.init(
         address=address or "local",

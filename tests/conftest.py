@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from tests import support
 
 
@@ -32,7 +33,8 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     if any("s3" in getattr(item, "fixturenames", ()) for item in request.session.items):
         request.getfixturevalue("s3")
     scratch = Path(tempfile.mkdtemp(prefix="vfr-", dir="/tmp"))  # a short path: Ray's sockets live below it
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")  # as jobs.cli.start_ray does
+    for name, value in cli.RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         num_cpus=2,

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from jobs import cli
 from tests import support
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
@@ -39,7 +40,7 @@ def cluster(s3):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+        **cli.RAY_SETTINGS,
     }
     token.write_text(os.urandom(24).hex())
     token.chmod(0o600)

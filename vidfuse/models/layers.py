@@ -7,8 +7,9 @@ what two of them share is here.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vidfuse.models.parts import Tokens
+
+log = logging.getLogger(__name__)
 
 LONGEST_WAVE = 2.0
 """Longest wavelength of `encode_positions`, in clips: ends of a clip never coincide."""
@@ -112,11 +115,7 @@ class FrameViT(nn.Module):
 
     def _positions(self, clip: Float[Tensor, "B T C H W"]) -> Float[Tensor, "N 3"]:
         frames, height, width = clip.shape[1], clip.shape[3] // self.patch, clip.shape[4] // self.patch
-        patches = rearrange(grid_positions(frames, height, width, clip.device), "(T n) a -> T n a", T=frames)
-        classes = grid_positions(frames, 1, 1, clip.device)[:, None]
-        chosen = {"class": classes, "patch": patches}
-        kept = torch.cat((classes, patches), dim=1) if self.tokens == "all" else chosen[self.tokens]
-        return rearrange(kept, "T n a -> (T n) a")
+        return frame_positions(frames, height, width, clip.device, tokens=self.tokens)
 
 
 class BatchNorm3d(nn.BatchNorm3d):
@@ -172,6 +171,23 @@ class FreezableBatchNorm(nn.Module):
 
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.modules() if isinstance(m, _BatchNorm)]
+
+
+def cells_of(blocks: Iterable[nn.Module], clip: Float[Tensor, "B T C H W"]) -> Tokens:
+    """Blocks of 3-D convolutions in order; a token at the centre of each cell of what the last one gives, time slowest."""
+    x = rearrange(clip, "B T C H W -> B C T H W")
+    for block in blocks:
+        x = block(x)
+    t, h, w = x.shape[2:]
+    return Tokens(rearrange(x, "B D t h w -> B (t h w) D"), grid_positions(t, h, w, clip.device))
+
+
+def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...], *, said: str) -> dict[str, Tensor]:
+    """A published state less the tensors of parts that are not here, which are counted in the log."""
+    kept = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    if len(kept) < len(state):
+        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(prefixes))
+    return kept
 
 
 class Attention(nn.Module):
@@ -261,6 +277,22 @@ def grid_positions(frames: int, height: int, width: int, device: torch.device | 
     """Centres of the cells of a grid over the clip, as (time, height, width) in 0..1, time slowest."""
     axes = [(torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in (frames, height, width)]
     return rearrange(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1), "t h w a -> (t h w) a")
+
+
+def frame_positions(
+    frames: int,
+    height: int,
+    width: int,
+    device: torch.device | None = None,
+    *,
+    tokens: Literal["all", "class", "patch"] = "all",
+) -> Float[Tensor, "N 3"]:
+    """Positions of tokens frame by frame: the class token at the frame's centre, then its patches row by row."""
+    patches = rearrange(grid_positions(frames, height, width, device), "(T n) a -> T n a", T=frames)
+    classes = grid_positions(frames, 1, 1, device)[:, None]
+    chosen = {"class": classes, "patch": patches}
+    kept = torch.cat((classes, patches), dim=1) if tokens == "all" else chosen[tokens]
+    return rearrange(kept, "T n a -> (T n) a")
 
 
 def encode_positions(positions: Float[Tensor, "N 3"], width: int) -> Float[Tensor, "N D"]:

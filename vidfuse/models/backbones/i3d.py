@@ -10,21 +10,17 @@ out here, 73.27 top-1 at 8 frames x stride 8; PyTorchVideo's model zoo). Paramet
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import BatchNorm3d, FreezableBatchNorm, grid_positions
+from vidfuse.models.layers import BatchNorm3d, FreezableBatchNorm, cells_of, without
 from vidfuse.models.parts import Tokens
-
-log = logging.getLogger(__name__)
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/I3D_8x8_R50.pyth"
 STAGES = {"stage2": (1, 3, 64), "stage3": (3, 4, 128), "stage4": (4, 6, 256), "stage5": (5, 3, 512)}
@@ -131,20 +127,13 @@ class I3D(FreezableBatchNorm):
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each cell of the last stage's output."""
-        x = rearrange(clip, "B T C H W -> B C T H W")
-        for block in self.blocks:
-            x = block(x)
-        t, h, w = x.shape[2:]
-        return Tokens(rearrange(x, "B D t h w -> B (t h w) D"), grid_positions(t, h, w, clip.device))
+        return cells_of(self.blocks, clip)
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of PyTorchVideo's or PySlowFast's file without the classifier and the stages that are not here."""
         named = {_pytorchvideo_name(key): value for key, value in state.items()}
         later = ("blocks.6.", *(f"blocks.{number}." for number, _, _ in STAGES.values() if number >= len(self.blocks)))
-        dropped = [key for key in named if key.startswith(later)]
-        if dropped:
-            log.info("i3d: %d tensors of the file are not used (%s)", len(dropped), ", ".join(later))
-        return {key: value for key, value in named.items() if key not in dropped}
+        return without(named, later, said="i3d")
 
 
 def _pytorchvideo_name(key: str) -> str:

@@ -9,20 +9,16 @@ Source: Tran et al. 2018 (arXiv:1711.11248), table 1; model and Kinetics-400 wei
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.video import R3D_18_Weights, VideoResNet, r3d_18
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FreezableBatchNorm, grid_positions, with_own_batch_norm
+from vidfuse.models.layers import FreezableBatchNorm, cells_of, with_own_batch_norm, without
 from vidfuse.models.parts import Tokens
-
-log = logging.getLogger(__name__)
 
 PUBLISHED = R3D_18_Weights.KINETICS400_V1
 WIDTHS = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
@@ -55,19 +51,12 @@ class R3D(FreezableBatchNorm):
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each cell of the last stage's output."""
-        x = rearrange(clip, "B T C H W -> B C T H W")
-        for block in self.blocks:
-            x = block(x)
-        t, h, w = x.shape[2:]
-        return Tokens(rearrange(x, "B D t h w -> B (t h w) D"), grid_positions(t, h, w, clip.device))
+        return cells_of(self.blocks, clip)
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of torchvision's file without the classifier and the stages that are not here."""
         later = tuple(f"{name}." for name in (*WIDTHS, "fc") if name not in self.stages)
-        dropped = [key for key in state if key.startswith(later)]
-        if dropped:
-            log.info("r3d: %d tensors of the file are not used (%s)", len(dropped), ", ".join(later))
-        return {key: value for key, value in state.items() if key not in dropped}
+        return without(state, later, said="r3d")
 
 
 def build(

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vidfuse.models.layers import check_patch, frame_positions
 from vidfuse.models.parts import Tokens
 
 PATCH = 16
@@ -60,7 +61,7 @@ class TinyImage(nn.Module):
         high, wide = x.shape[2:]
         patches = rearrange(x, "bt d h w -> bt (h w) d")
         values = self.norm(torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1))
-        return Tokens(rearrange(values, "(b t) n d -> b (t n) d", b=batch), _positions(frames, high, wide, x.device))
+        return Tokens(rearrange(values, "(b t) n d -> b (t n) d", b=batch), frame_positions(frames, high, wide, x.device))
 
 
 def build(*, frames: int, size: int, width: int = 32, depth: int = 1) -> TinyImage:
@@ -75,17 +76,7 @@ def build(*, frames: int, size: int, width: int = 32, depth: int = 1) -> TinyIma
     Raises:
         ValueError: a size that the patch does not divide, or a number below 1.
     """
-    if size % PATCH:
-        near = sorted({max(size // PATCH, 1) * PATCH, (size // PATCH + 1) * PATCH})
-        raise ValueError(f"tiny_image has patches of {PATCH} pixels, which do not divide {size}; near it are {near}")
+    check_patch(size, PATCH)
     if width < 1 or depth < 1:
         raise ValueError(f"width and depth are 1 or more, given {width=}, {depth=}")
     return TinyImage(width, depth)
-
-
-def _positions(frames: int, high: int, wide: int, device: torch.device) -> Float[Tensor, "N 3"]:
-    axes = [(torch.arange(n, device=device) + 0.5) / n for n in (high, wide)]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 2)
-    places = torch.cat([torch.full((1, 2), 0.5, device=device), places])
-    times = (torch.arange(frames, device=device) + 0.5) / frames
-    return torch.cat([times.repeat_interleave(len(places))[:, None], places.repeat(frames, 1)], dim=1)
