@@ -25,7 +25,7 @@ from vidfuse.on_ray.judge import judge, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
 
-TRAIN, VALIDATION = 1080, 240
+TRAIN, VALIDATION = 1092, 252
 """Videos of the splits."""
 BUCKET = "vidfuse"
 

@@ -75,7 +75,7 @@ def test_nothing_to_train_is_refused():
 
 
 def test_another_number_of_classes(packed):
-    with pytest.raises(DataError, match=r"data\.classes is 12.* 3 classes"):
+    with pytest.raises(DataError, match=r"data\.classes is 14.* 3 classes"):
         dry_run(f"data.url={packed}")
 
 
