@@ -53,11 +53,11 @@ def demo() -> Config:
             },
             "model": {
                 "semantic": {"name": "tiny_image", "frozen": True},
-                "motion": {"name": "tiny_motion", "frozen": False, "radius": 3},
+                "motion": {"name": "tiny_motion", "frozen": False, "radius": 3, "channels": 32},
                 "fusion": {"name": "cross_attention", "width": 64, "heads": 4, "dropout": 0.0},
             },
             "train": {
-                "epochs": 7,
+                "epochs": 6,
                 "global_batch": 16,
                 "micro_batch": 8,
                 "learning_rate": 3e-3,
@@ -65,7 +65,7 @@ def demo() -> Config:
                 "precision": "bf16",
                 "zero_stage": 2,
                 "activation_checkpointing": True,
-                "validate_every_epochs": 7,
+                "validate_every_epochs": 6,
             },
             "cluster": {"workers": 2, "cpus_per_worker": 0.5},
             "run": {"name": "demo"},

@@ -46,11 +46,23 @@ def _place(position, width):
 
 
 def _read(reader, x, others, heads):
-    """One query token over the other stream's real tokens, head by head."""
-    attention, width = reader.attention, len(x)
+    """One query token over the other stream's real tokens, then the feed-forward part."""
+    read, seen = _attend(reader.attention, _norm(reader.norm_query, x), [_norm(reader.norm_key, y) for y in others], heads)
+    return _feed_forward(reader.mlp, x + read), seen
+
+
+def _pooled(pool, tokens, heads):
+    """The learned query over a stream's real tokens, then the feed-forward part."""
+    query = pool.query[0, 0]
+    return _feed_forward(pool.mlp, query + _attend(pool.attention, query, [_norm(pool.norm, x) for x in tokens], heads)[0])
+
+
+def _attend(attention, x, others, heads):
+    """Head by head."""
+    width = len(x)
     d = width // heads
-    query = attention.query(_norm(reader.norm_query, x))
-    pairs = [attention.key_value(_norm(reader.norm_key, y)) for y in others]
+    query = attention.query(x)
+    pairs = [attention.key_value(y) for y in others]
     result, seen = [], []
     for head in range(heads):
         part = slice(head * d, (head + 1) * d)
@@ -59,11 +71,14 @@ def _read(reader, x, others, heads):
         weights = [math.exp(s) / total for s in scores]
         result.append(sum(w * pair[width:][part] for w, pair in zip(weights, pairs, strict=True)))
         seen.append(weights)
-    x = x + attention.out(torch.cat(result))
-    if reader.mlp is not None:
-        norm, mlp = reader.mlp
-        x = x + mlp[3](F.gelu(mlp[0](_norm(norm, x))))
-    return x, seen
+    return attention.out(torch.cat(result)), seen
+
+
+def _feed_forward(part, x):
+    if part is None:
+        return x
+    norm, mlp = part
+    return x + mlp[3](F.gelu(mlp[0](_norm(norm, x))))
 
 
 def _by_loop(fusion, streams, heads, pool):
@@ -84,13 +99,17 @@ def _by_loop(fusion, streams, heads, pool):
                 after[a] = [x for x, _ in read]
                 seen[clip, f"layer{i}.{a}_to_{b}"] = [weights for _, weights in read]
             tokens = after
-        pooled = [torch.stack([_norm(fusion.norm[n], x) for x in tokens[n]]).mean(0) for n in fusion.norm]
-        features.append(torch.cat(pooled) if pool == "concat" else sum(pooled) / 2)
+        normed = {n: [_norm(fusion.norm[n], x) for x in tokens[n]] for n in fusion.norm}
+        if pool == "attentive":
+            pooled = [_pooled(fusion.read[n], normed[n], heads) for n in normed]
+        else:
+            pooled = [torch.stack(normed[n]).mean(0) for n in normed]
+        features.append(sum(pooled) / 2 if pool == "mean" else torch.cat(pooled))
     return torch.stack(features), seen
 
 
 @pytest.mark.parametrize("direction", ["both", "semantic_to_motion", "motion_to_semantic"])
-@pytest.mark.parametrize(("layers", "mlp_ratio", "pool"), [(1, 2.0, "concat"), (2, None, "mean"), (3, 1.0, "concat")])
+@pytest.mark.parametrize(("layers", "mlp_ratio", "pool"), [(1, 2.0, "concat"), (2, None, "mean"), (2, 1.0, "attentive")])
 @torch.no_grad()
 def test_is_the_loop(direction, layers, mlp_ratio, pool):
     fusion, streams = _build(direction=direction, layers=layers, mlp_ratio=mlp_ratio, pool=pool), _streams()

@@ -13,7 +13,7 @@ from vidfuse.models.parts import Fusion, Tokens
 from vidfuse.models.recognizer import LinearHead, Recognizer, checkpoint_activations
 
 NAMES = select.names("fusion")
-WIDTHS = {"semantic": 24, "motion": 18}
+WIDTHS = {"semantic": 24, "motion": 16}
 
 
 @pytest.fixture(params=NAMES)
@@ -143,7 +143,7 @@ def test_works_when_an_engine_casts_it(fusion):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_stream_works_or_says_that_two_are_needed(name):
     try:
-        fusion = select.build("fusion", name, widths={"motion": 18})
+        fusion = select.build("fusion", name, widths={"motion": 16})
     except ValueError as error:
         assert "two streams" in str(error) and "given motion" in str(error)
     else:
@@ -162,5 +162,5 @@ def test_mean_without_projection_is_the_plain_mean():
     assert not list(fusion.parameters())
     want = (streams["semantic"].values.mean(1) + streams["motion"].values.mean(1)) / 2
     torch.testing.assert_close(fusion(streams).feature, want)
-    with pytest.raises(ValueError, match=r"semantic 24, motion 18.*give it a width"):
+    with pytest.raises(ValueError, match=r"semantic 24, motion 16.*give it a width"):
         select.build("fusion", "mean", widths=WIDTHS, width=None)

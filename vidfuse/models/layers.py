@@ -252,6 +252,30 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
 
 
+class AttentivePool(nn.Module):
+    """One learned query reads all tokens (the attentive probe of V-JEPA: Bardes et al. 2024, arXiv:2404.08471, section 4.2).
+
+    Args:
+        width: D of the tokens.
+        heads: Attention heads; they divide `width`.
+        mlp_ratio: Hidden width of the feed-forward part after it, as a multiple of `width`.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), Mlp(width, mlp_ratio))
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "B D"]:
+        """The clip's feature; padded tokens are not looked at."""
+        query = self.query.expand(len(tokens.values), -1, -1)
+        x = query + self.attention(query, self.norm(without_padding(tokens).values), tokens.mask)[0]
+        return (x + self.mlp(x))[:, 0]
+
+
 def _lookable(mask: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "B 1 1 K"] | None:
     """The mask as attention takes it; a clip with no real key looks at all (softmax of nothing is not a number)."""
     return None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]

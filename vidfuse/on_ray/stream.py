@@ -33,7 +33,7 @@ from ray.data.extensions import ArrowTensorArray
 from vidfuse.config import DataConfig
 from vidfuse.data.clips import ClipReader, Columns, Part
 
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.05
 """How long Ray Data's control loop rests when it can do nothing until the worker takes a block."""
 
 

@@ -1,6 +1,6 @@
 """What a run would be, without running it: parameters, batch arithmetic, steps, memory.
 
-Comes in: a config and a model on the meta device. Goes out: tables and estimates for `--dry-run`.
+Comes in: a config and a model on the meta device. Goes out: tables and estimates for `--dry-run` and for the README.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from vidfuse.config import Config
+from vidfuse.config import Config, Stream
 from vidfuse.data.sampling import World, steps_of
 from vidfuse.models.recognizer import Recognizer, checkpoint_activations, parameter_table
 
@@ -44,6 +45,41 @@ def parameter_lines(model: Recognizer) -> list[str]:
     rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
     head = f"{'part':<12}{'parameters':>16}{'trainable':>16}{'frozen':>16}"
     return [head, *(f"{name:<12}{total:>16,}{trained:>16,}{total - trained:>16,}" for name, total, trained in rows)]
+
+
+def preset_row(name: str, config: Config, model: Recognizer) -> str:
+    """A row of `PRESET_HEAD`'s table.
+
+    Args:
+        name: of the preset.
+        config: the preset.
+        model: of this config, on the meta device.
+    """
+    streams = [_words(part) for part in (config.model.semantic, config.model.motion) if part is not None]
+    parameters = parameter_table(model)
+    total, trained = sum(part.total for part in parameters), sum(part.trainable for part in parameters)
+    clip = f"{config.data.frames} x {config.data.size}"
+    cells = (
+        f"`{name}`",
+        ", ".join(streams),
+        config.model.fusion.name,
+        clip,
+        f"{total / 1e6:.1f} M",
+        f"{trained / 1e6:.1f} M",
+        f"{clip_operations(config, model) / 1e9:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+PRESET_HEAD = (
+    "| preset | streams (* frozen) | fusion | clip | parameters | trained | GFLOPs a clip |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def _words(part: Stream) -> str:
+    kind = part.options.get("variant")
+    return f"{part.name}{f' {kind}' if kind else ''}{'*' if part.frozen else ''}"
 
 
 def batch_lines(config: Config, sizes: range) -> list[str]:
@@ -109,6 +145,23 @@ def activation_bytes(config: Config, model: Recognizer) -> int:
     with LiveBytes() as live:
         model(clips).sum().backward()
     return live.peak
+
+
+def clip_operations(config: Config, model: Recognizer) -> int:
+    """Multiplications with addition of one clip's forward pass: what papers call its FLOPs.
+
+    Products, convolutions and attention are counted, norms and activations are not.
+
+    Args:
+        config: frames and size of a clip.
+        model: on the meta device; it is not changed.
+    """
+    clip = torch.empty((1, config.data.frames, 3, config.data.size, config.data.size), dtype=torch.uint8, device="meta")
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(clip)
+    model.train(training)
+    return int(counter.get_total_flops()) // 2
 
 
 class LiveBytes(TorchDispatchMode):

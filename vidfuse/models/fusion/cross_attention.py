@@ -1,7 +1,8 @@
 """Bidirectional cross-attention: each stream's tokens query the other's (plan A).
 
 Axes: B clips, N tokens (Q of queries, K of keys), D width, h heads.
-Comes in: tokens of the two streams. Goes out: both streams' masked means after the exchange, side by side.
+Comes in: tokens of the two streams. Goes out: both streams' masked means after the exchange (or what a learned query reads of
+each), side by side.
 Blocks are pre-norm transformer decoders without self-attention: multi-head attention of Vaswani et al. 2017
 (arXiv:1706.03762), both directions read the layer's input (co-attention, ViLBERT, arXiv:1908.02265, figure 2b), pre-norm
 as in Xiong et al. 2020 (arXiv:2002.04745). Tokens know their place by continuous 3-D sines and cosines of their positions,
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from vidfuse.models.layers import (
     Attention,
+    AttentivePool,
     Mlp,
     check_heads,
     check_share,
@@ -29,6 +31,7 @@ from vidfuse.models.layers import (
 from vidfuse.models.parts import Fused, Tokens
 
 Direction = Literal["both", "semantic_to_motion", "motion_to_semantic"]
+Pool = Literal["concat", "mean", "attentive"]
 READERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "both": (("semantic", "motion"), ("motion", "semantic")),
     "semantic_to_motion": (("semantic", "motion"),),
@@ -102,7 +105,9 @@ class CrossAttention(nn.Module):
         layers: The exchange layers, in order.
         width: D that both streams are projected to.
         dropout: Dropout of the projected tokens.
-        pool: `concat` puts the two pooled streams side by side, `mean` averages them.
+        pool: `concat` puts the two pooled streams side by side, `mean` averages them; `attentive` puts side by side what a
+            learned query reads of each.
+        heads: Attention heads of these queries.
     """
 
     def __init__(
@@ -112,16 +117,18 @@ class CrossAttention(nn.Module):
         *,
         width: int,
         dropout: float,
-        pool: Literal["concat", "mean"],
+        pool: Pool,
+        heads: int,
     ) -> None:
         super().__init__()
         self.token_width = width
-        self.width = width * len(widths) if pool == "concat" else width
+        self.width = width if pool == "mean" else width * len(widths)
         self.pool = pool
         self.project = nn.ModuleDict({n: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width)) for n, d in widths.items()})
         self.drop = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
         self.norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in widths})
+        self.read = nn.ModuleDict({name: AttentivePool(width, heads) for name in widths} if pool == "attentive" else {})
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -136,8 +143,9 @@ class CrossAttention(nn.Module):
         for i, layer in enumerate(self.layers):
             values, seen = layer(values, masks, return_attention=return_attention)
             attention |= {f"layer{i}.{name}": weights for name, weights in seen.items()}
-        pooled = [masked_mean(Tokens(norm(values[n]), streams[n].positions, masks[n])) for n, norm in self.norm.items()]
-        return Fused(torch.cat(pooled, dim=-1) if self.pool == "concat" else torch.stack(pooled).mean(dim=0), attention)
+        normed = {n: Tokens(norm(values[n]), streams[n].positions, masks[n]) for n, norm in self.norm.items()}
+        pooled = [self.read[n](tokens) if self.read else masked_mean(tokens) for n, tokens in normed.items()]
+        return Fused(torch.stack(pooled).mean(dim=0) if self.pool == "mean" else torch.cat(pooled, dim=-1), attention)
 
     def _placed(self, name: str, tokens: Tokens) -> Float[Tensor, "B N D"]:
         values = self.project[name](without_padding(tokens).values)
@@ -153,7 +161,7 @@ def build(
     direction: Direction = "both",
     mlp_ratio: float | None = 4.0,
     dropout: float = 0.1,
-    pool: Literal["concat", "mean"] = "concat",
+    pool: Pool = "concat",
 ) -> CrossAttention:
     """Build the fusion.
 
@@ -165,7 +173,8 @@ def build(
         direction: `semantic_to_motion`: semantic tokens query motion tokens, motion stays as it is; and so on.
         mlp_ratio: Hidden width of a block's feed-forward part, as a multiple of `width`. `None`: attention only.
         dropout: Dropout of tokens, attention weights and residual branches.
-        pool: How the two pooled streams become the feature: `concat` (2 x `width`) or `mean` (`width`).
+        pool: How the two streams become the feature: their means side by side (`concat`, 2 x `width`), the mean of these
+            (`mean`, `width`), or what a learned query reads of each, side by side (`attentive`, 2 x `width`).
 
     Raises:
         ValueError: not exactly the two streams; heads that do not divide the width; a number outside its range.
@@ -182,4 +191,4 @@ def build(
             f"layers >= 1, width >= 6 and mlp_ratio > 0 (or null) are needed, given {layers=}, {width=}, {mlp_ratio=}"
         )
     exchanges = [Exchange(direction, width, heads, mlp_ratio, dropout) for _ in range(layers)]
-    return CrossAttention(widths, exchanges, width=width, dropout=dropout, pool=pool)
+    return CrossAttention(widths, exchanges, width=width, dropout=dropout, pool=pool, heads=heads)
