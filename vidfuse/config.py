@@ -50,8 +50,19 @@ class Stream(Component):
 
     frozen: bool = True
     """Whether the backbone's weights stay as they are (no gradients, no stored activations, evaluation mode)."""
+    train_from_epoch: int = Field(0, ge=0)
+    """Epoch from which a stream that is not frozen is trained; until then it runs as a frozen one."""
+    trained_blocks: int | None = Field(None, ge=1)
+    """How many of its last blocks are trained, and nothing else of it, where it is not frozen. `null`: all of it."""
     weights: str | None = None
     """`None`: random from the seed; `pretrained`: the library's published weights; else a weights file (path or URL)."""
+
+    @model_validator(mode="after")
+    def _trained_or_not(self) -> Stream:
+        given = [name for name in ("train_from_epoch", "trained_blocks") if getattr(self, name)]
+        if self.frozen and given:
+            raise ValueError(f"{' and '.join(given)} is for a stream that is trained; frozen=false makes it one")
+        return self
 
 
 class DataConfig(Section):
@@ -143,6 +154,9 @@ class TrainConfig(Section):
     """AdamW's weight decay; biases, norms and one-dimensional parameters have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moment estimates."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Learning rate of a trained backbone's block, as a share of the next one's; the last block's as a share of the head's.
+    `null`: all are equal."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the global gradient. `null`: no clipping."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -220,6 +234,16 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _trains_in_time(self) -> Config:
+        for name, stream in (("semantic", self.model.semantic), ("motion", self.model.motion)):
+            if stream is not None and stream.train_from_epoch >= self.train.epochs:
+                raise ValueError(
+                    f"model.{name}.train_from_epoch is {stream.train_from_epoch}, but train.epochs is {self.train.epochs} "
+                    "and epochs count from 0: it would never be trained; set frozen=true for that"
+                )
+        return self
 
     def to_yaml(self) -> str:
         """The resolved config as YAML; `--config` takes it back."""

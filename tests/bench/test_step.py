@@ -18,7 +18,7 @@ from vidfuse.data.batch import Batch
 from vidfuse.data.sampling import World
 from vidfuse.train.engine import build_engine
 from vidfuse.train.loss import cross_entropy
-from vidfuse.train.optim import adamw
+from vidfuse.train.optim import adamw, parameter_groups
 from vidfuse.train.run import model_of
 from vidfuse.train.step import train_step
 
@@ -35,9 +35,10 @@ def measure(settings: dict) -> None:
     batch = Batch(
         torch.randint(0, 255, shape, dtype=torch.uint8), labels, torch.ones(train.micro_batch), torch.arange(train.micro_batch)
     )
-    engine = build_engine(model_of(config), train, world, torch.device("cpu"))
+    model = model_of(config)
+    engine = build_engine(model, parameter_groups(model), train, world, torch.device("cpu"))
     plain = model_of(config).train()
-    optimizer = adamw(plain, train)
+    optimizer = adamw(parameter_groups(plain), train)
 
     def ours() -> float:
         start = time.perf_counter()

@@ -49,6 +49,8 @@ class Recognizer(nn.Module):
         fusion: Joins the streams' tokens.
         head: Classifies the feature.
         frozen: Streams that are not trained: no gradients, evaluation mode also under `train()`.
+
+    `held` streams are trained later: for now they run as frozen ones do (see `hold`).
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Recognizer(nn.Module):
         self.fusion = fusion
         self.head = head
         self.frozen = frozenset(frozen)
+        self.held: frozenset[str] = frozenset()
         for name in self.frozen:
             self.streams[name].requires_grad_(False)
         self.train(self.training)
@@ -82,15 +85,20 @@ class Recognizer(nn.Module):
         return (logits, fused.attention) if return_attention else logits
 
     def train(self, mode: bool = True) -> Recognizer:
-        """Set training mode, except for frozen streams."""
+        """Set training mode, except for frozen and held streams."""
         super().train(mode)
-        for name in self.frozen:
+        for name in self.frozen | self.held:
             self.streams[name].eval()
         return self
 
+    def hold(self, names: Collection[str]) -> None:
+        """Have these streams, and no others, wait: until the next call they run without gradients, in evaluation mode."""
+        self.held = frozenset(names)
+        self.train(self.training)
+
     def _tokens(self, name: str, clips: Tensor) -> Tokens:
         stream = self.streams[name]
-        with torch.no_grad() if name in self.frozen else nullcontext():
+        with torch.no_grad() if name in self.frozen | self.held else nullcontext():
             tokens: Tokens = stream(self.normalize[name](clips, _dtype(stream)))
         return replace(tokens, values=tokens.values.to(_dtype(self.fusion, self.head)))
 
@@ -124,20 +132,23 @@ def build_recognizer(
         classes: K.
         frames: T of a clip.
         size: Height and width of a clip, in pixels.
-        semantic: `{"name", "frozen", "weights", "options"}` of the image stream; `weights` is `None` (random), `"pretrained"`
-            or a file (see `weights.load`). `None`: no such stream.
+        semantic: `{"name", "frozen", "trained_blocks", "weights", "options"}` of the image stream; `weights` is `None` (random),
+            `"pretrained"` or a file (see `weights.load`); of `trained_blocks`, if given, see `_fix`. `None`: no such stream.
         motion: The same of the video stream.
         fusion: `{"name", "options"}`.
         head_dropout: Dropout before the classifier.
         seed: Source of random weights.
 
     Raises:
-        ValueError: no stream, an unknown component, an option it refuses, or weights that do not fit.
+        ValueError: no stream, an unknown component, an option it refuses, weights that do not fit, or too many blocks.
     """
     wanted = {name: spec for name, spec in (("semantic", semantic), ("motion", motion)) if spec is not None}
     if not wanted:
         raise ValueError("a recogniser has a semantic stream, a motion stream or both; both are None")
     streams = {name: _stream(name, spec, frames=frames, size=size, seed=seed) for name, spec in wanted.items()}
+    for name, spec in wanted.items():
+        if not spec.get("frozen", True) and spec.get("trained_blocks") is not None:
+            _fix(name, streams[name], spec["trained_blocks"])
     widths = {name: cast(Backbone, stream).width for name, stream in streams.items()}
     options = dict(fusion.get("options") or {})
     select.check_options("fusion", fusion["name"], options)
@@ -155,7 +166,9 @@ def parameter_table(model: Recognizer) -> list[Part]:
 
 
 def frozen_digest(model: Recognizer) -> dict[str, str]:
-    """SHA-256 of each frozen stream: names, shapes and float32 bytes of its state, without parameters that are trained.
+    """SHA-256 of what is fixed of each stream: names, shapes and float32 bytes of its state, without parameters that are trained.
+
+    Of a stream that is not frozen it is of the fixed parameters alone (see `trained_blocks`), since its buffers may move.
 
     Taken before an engine casts or partitions the model: casting to bfloat16 loses what the digest is to prove, so a model
     that was cast (or is on the meta device) is refused rather than hashed to something else.
@@ -163,7 +176,8 @@ def frozen_digest(model: Recognizer) -> dict[str, str]:
     Raises:
         ValueError: a frozen weight is not float32, or has no values.
     """
-    return {name: _digest(name, model.streams[name]) for name in sorted(model.frozen)}
+    partly = {name for name, stream in model.streams.items() if not all(p.requires_grad for p in stream.parameters())}
+    return {name: _digest(name, model.streams[name], buffers=name in model.frozen) for name in sorted(partly | model.frozen)}
 
 
 def trainable_state(model: Recognizer) -> dict[str, Tensor]:
@@ -267,12 +281,27 @@ def _trained(part: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in part.parameters() if p.requires_grad)
 
 
-def _digest(name: str, stream: nn.Module) -> str:
-    trained = {n for n, p in stream.named_parameters() if p.requires_grad}
+def _fix(name: str, stream: nn.Module, trained_blocks: int) -> None:
+    """Leave the last `trained_blocks` blocks of a stream trainable and nothing else of it.
+
+    Raises:
+        ValueError: it has fewer blocks.
+    """
+    blocks = cast(Backbone, stream).blocks
+    if trained_blocks > len(blocks):
+        raise ValueError(f"the {name} stream has {len(blocks)} blocks; trained_blocks {trained_blocks} is too many")
+    wanted = {id(p) for block in blocks[-trained_blocks:] for p in block.parameters() if p.requires_grad}
+    for parameter in stream.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+
+
+def _digest(name: str, stream: nn.Module, *, buffers: bool) -> str:
+    parameters = dict(stream.named_parameters())
+    trained = {n for n, p in parameters.items() if p.requires_grad}
     sharded = {n for n, p in stream.named_parameters() if hasattr(p, "ds_numel")}  # ZeRO-3 has taken their values
     digest = hashlib.sha256()
     for key, value in sorted(stream.state_dict().items()):
-        if key in trained:
+        if key in trained or not (buffers or key in parameters):
             continue
         if value.is_meta or (value.is_floating_point() and value.dtype != torch.float32) or key in sharded:
             raise ValueError(

@@ -8,6 +8,7 @@ deepspeed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -17,33 +18,40 @@ import torch.distributed as dist
 from vidfuse.config import TrainConfig
 from vidfuse.data.sampling import World
 from vidfuse.models.recognizer import Recognizer, checkpoint_activations
-from vidfuse.train.optim import adamw
+from vidfuse.train.optim import Groups, adamw
 
 Engine: TypeAlias = Any
 """`deepspeed.DeepSpeedEngine`, which has no types."""
 
 
 def build_engine(
-    model: Recognizer, train: TrainConfig, world: World, device: torch.device, *, universal: bool = False
+    model: Recognizer,
+    groups: Groups,
+    train: TrainConfig,
+    world: World,
+    device: torch.device,
+    *,
+    universal: bool = False,
 ) -> Engine:
     """Wrap a recogniser for training. The process group exists already; all ranks call this with equal weights.
 
     Args:
         model: with fp32 weights, on the CPU.
+        groups: of its trainable parameters, `optim.parameter_groups`; the engine's optimizer has them in this order.
         train: precision, ZeRO stage, optimizer.
         world: how the global batch is cut.
         device: of this rank.
         universal: whether a universal checkpoint is loaded next.
 
     Raises:
-        ValueError: a precision that the device cannot do, or nothing to train.
+        ValueError: a precision that the device cannot do.
     """
     check_precision(train, device)
     _calm()
     if train.activation_checkpointing:
         checkpoint_activations(model)
     model = model.to(device)
-    optimizer = adamw(model, train)
+    optimizer = adamw(groups, train)
     settings = engine_config(train, world) | ({"checkpoint": {"load_universal": True}} if universal else {})
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
@@ -85,10 +93,26 @@ def check_precision(train: TrainConfig, device: torch.device) -> None:
         raise ValueError(f"train.precision: {torch.cuda.get_device_name()} has no bf16; use fp16 or fp32")
 
 
-def set_learning_rate(engine: Engine, value: float) -> None:
-    """The learning rate of the next step, in all groups."""
-    for group in engine.optimizer.param_groups:
+def set_learning_rates(engine: Engine, values: Sequence[float]) -> None:
+    """The learning rate of the next step, group by group."""
+    for group, value in zip(engine.optimizer.param_groups, values, strict=True):
         group["lr"] = value
+
+
+def begin_groups(engine: Engine, numbers: Collection[int]) -> None:
+    """Have the optimizer count the steps of some groups from zero: those whose gradients, and so whose moments, were zero.
+
+    They are then updated as by an optimizer that is made now; ZeRO has had its shards of them since the start.
+    """
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    group_of = getattr(engine.optimizer, "sub_group_to_group_id", None)
+    if group_of is not None:  # ZeRO-3 keeps its shards in subgroups
+        shards = [p for i, p in enumerate(engine.optimizer.fp32_partitioned_groups_flat) if group_of[i] in numbers]
+    else:
+        shards = [p for i in numbers for p in inner.param_groups[i]["params"]]
+    for shard in shards:
+        if "step" in inner.state.get(shard, {}):
+            inner.state[shard]["step"].zero_()
 
 
 def loss_scale(engine: Engine) -> float:

@@ -43,6 +43,7 @@ def run(config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapp
     """
     with Run(config, worker, feed, folder=folder, facts=facts) as training:
         for epoch in range(training.state.epoch, config.train.epochs):
+            training.begin_epoch(epoch)
             for micro_batches in training.clock.timed(feed.train(epoch, training.left())):
                 result = train_step(training.engine, micro_batches, config.train, feed.world, **training.before_step())
                 training.after_step(micro_batches, result)

@@ -24,9 +24,9 @@ from vidfuse.evaluate.metrics import Scores, scores
 from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_digest
 from vidfuse.train import checkpoint
 from vidfuse.train.clock import Clock
-from vidfuse.train.engine import build_engine, loss_scale, set_learning_rate
+from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
 from vidfuse.train.ledger import Ledger
-from vidfuse.train.optim import learning_rate
+from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
 from vidfuse.train.step import StepResult
 from vidfuse.train.validate import Scored, score
@@ -46,7 +46,8 @@ def model_of(config: Config) -> Recognizer:
     def stream(part: Stream | None) -> dict[str, Any] | None:
         if part is None:
             return None
-        return {"name": part.name, "frozen": part.frozen, "weights": part.weights, "options": part.options}
+        given = part.model_dump(include={"name", "frozen", "trained_blocks", "weights"})
+        return given | {"options": part.options}
 
     return build_recognizer(
         classes=config.data.classes,
@@ -68,6 +69,7 @@ class Run:
         self.epoch_steps = steps_of(feed.train_samples, config.train.global_batch)
         split = feed.packed.manifest.splits[config.data.train_split]
         self._shards = {shard.name: shard.samples for shard in split.shards}
+        self._groups: tuple[Group, ...] = ()
         with worker.latest_checkpoint() as found:
             self.engine, self.state = self._begin(found, facts.get("git_revision", "unknown"))
         self.ledger = Ledger.from_json(self._shards, self.state.ledger)
@@ -89,6 +91,14 @@ class Run:
 
     # What the loop asks around a step.
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Have streams wait whose epoch has not come, and those begin whose has."""
+        first = _first_epochs(self.config)
+        self.engine.module.hold([name for name, start in first.items() if start > epoch])
+        if epoch > 0 and self._used == 0:
+            begun = [i for i, group in enumerate(self._groups) if group.stream is not None and first[group.stream] == epoch]
+            begin_groups(self.engine, begun)
+
     def left(self) -> Samples:
         """Samples of the running epoch that are not used yet, in order."""
         return self.ledger.left(self.feed.order(self.ledger.epoch))
@@ -96,7 +106,8 @@ class Run:
     def before_step(self) -> dict[str, Any]:
         """Set the learning rate; the step's own arguments."""
         rate = learning_rate(self.config.train, self.samples, self.feed.train_samples)
-        set_learning_rate(self.engine, rate)
+        held = self.engine.module.held
+        set_learning_rates(self.engine, [0.0 if g.stream in held else rate * g.share for g in self._groups])
         return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop()}
 
     def after_step(self, micro_batches: tuple[Batch, ...], result: StepResult) -> None:
@@ -215,16 +226,18 @@ class Run:
         config, world = self.config, self.feed.world
         manifest = self.feed.packed.manifest.plan
         model = model_of(config)
+        groups = parameter_groups(model, layer_decay=config.train.layer_decay, late=_first_epochs(config))
+        self._groups = tuple(groups)
         frozen = frozen_digest(model)
         tree = config.model_dump(mode="json")
         if found is None:
             fresh = checkpoint.State(tree, manifest, revision, frozen, world.size)
-            return build_engine(model, config.train, world, self.worker.device), fresh
+            return build_engine(model, groups, config.train, world, self.worker.device), fresh
         state = checkpoint.read_state(found)
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
         elsewhere = state.world_size != world.size
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
-        engine = build_engine(model, config.train, world, self.worker.device, universal=elsewhere)
+        engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
         checkpoint.restore(engine, found, shards)
         checkpoint.discard(shards, found)
         state.world_size, state.config, state.git_revision = world.size, tree, revision
@@ -266,6 +279,12 @@ class Run:
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
         return {**place, **values, **speed, "eta_seconds": eta}
+
+
+def _first_epochs(config: Config) -> dict[str, int]:
+    """The streams that are trained from a later epoch than the first, and from which."""
+    streams = {"semantic": config.model.semantic, "motion": config.model.motion}
+    return {name: s.train_from_epoch for name, s in streams.items() if s is not None and not s.frozen and s.train_from_epoch}
 
 
 def judged(scored: Scored, classes: tuple[str, ...]) -> Scores:
