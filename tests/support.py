@@ -124,6 +124,25 @@ def shared_data(path: str) -> Path:
     return root / path
 
 
+# --- models ---
+
+CLIPS = ((2, 112), (8, 32), (8, 112), (16, 32), (16, 112), (8, 224), (16, 224))
+"""Frames and size of clips to try on a backbone, cheap ones first; 112 is tiled by patches of 14 and of 16."""
+
+
+def clip_for(backbone: str, clips: Sequence[tuple[int, int]] = CLIPS) -> tuple[int, int] | None:
+    """Frames and size of the first of `clips` that a backbone with its default options takes; `None`: of none."""
+    import torch
+
+    from vidfuse.models import select as components
+
+    for frames, size in clips:
+        with contextlib.suppress(ValueError), torch.device("meta"):
+            components.build("backbones", backbone, frames=frames, size=size)
+            return frames, size
+    return None
+
+
 # --- an S3 server ---
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.support import REPO
+
 IMPORTS = """
 import sys
 import vidfuse.models
@@ -28,9 +30,11 @@ with install_import_hook("vidfuse.models", "beartype.beartype"):
     from vidfuse.models.layers import grid_positions
     from vidfuse.models.parts import Tokens
     from vidfuse.models.recognizer import build_recognizer
-    clips = torch.zeros(1, 2, 3, 112, 112, dtype=torch.uint8)
+    from tests.support import clip_for
     for name in select.names("backbones"):
-        model = build_recognizer(classes=3, frames=2, size=112, motion={"name": name}, fusion={"name": "mean"})
+        frames, size = clip_for(name)
+        clips = torch.zeros(1, frames, 3, size, size, dtype=torch.uint8)
+        model = build_recognizer(classes=3, frames=frames, size=size, motion={"name": name}, fusion={"name": "mean"})
         model(clips)
     streams = {n: Tokens(torch.zeros(2, 3, 8), grid_positions(3, 1, 1), torch.ones(2, 3) > 0) for n in ("semantic", "motion")}
     for fusion in select.names("fusion"):
@@ -48,5 +52,5 @@ for wrong in (clips.float(), clips[0]):
 def test_in_a_fresh_process(program):
     """In one of its own: what is imported, and how, must not depend on other tests (nor they on this)."""
     light = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=light)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=light, cwd=REPO)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -188,6 +189,51 @@ def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...], *, said: str
     if len(kept) < len(state):
         log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(prefixes))
     return kept
+
+
+class VideoResNet(FreezableBatchNorm):
+    """Stages of a torchvision video residual network, under its own parameter names, up to the one that is asked for.
+
+    Args:
+        network: torchvision's model.
+        stage: Last stage; later ones and the classifier are left out.
+        batch_norm: `frozen` keeps running statistics and affine parameters as they are, also in training mode.
+        mean: Mean of each channel of its input, for values 0..1.
+        std: Standard deviation of each channel of its input, for values 0..1.
+    """
+
+    widths: Mapping[str, int] = MappingProxyType({"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512})
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        stage: str,
+        batch_norm: Literal["train", "frozen"],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.width = self.widths[stage]
+        self.stages = ("stem", *(name for name in self.widths if name <= stage))
+        for name in self.stages:
+            self.add_module(name, with_own_batch_norm(network.get_submodule(name)))
+        self.set_batch_norm(batch_norm)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Stem and stages."""
+        return tuple(self.get_submodule(name) for name in self.stages)
+
+    def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
+        """A token for each cell of the last stage's output."""
+        return cells_of(self.blocks, clip)
+
+    def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State of torchvision's file without the classifier and the stages that are not here."""
+        later = tuple(f"{name}." for name in (*self.widths, "fc") if name not in self.stages)
+        return without(state, later, said="torchvision's video network")
 
 
 class Attention(nn.Module):

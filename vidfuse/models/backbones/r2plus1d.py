@@ -1,0 +1,45 @@
+"""R(2+1)D-18: a residual network whose 3-D convolutions are split into one in space and one in time.
+
+Axes: B clips, T frames, C channels, H height, W width, N tokens, D width; t, h, w of the output grid.
+Comes in: normalised clips. Goes out: a token for each cell of a stage's output grid, at the cell's centre. Time is halved by
+layer2, layer3 and layer4: 16 frames are 8, 4 and 2 positions; whoever needs eight takes `stage=layer2`.
+Source: Tran et al. 2018 (arXiv:1711.11248), section 3.5 and table 1; model and Kinetics-400 weights by torchvision
+(`r2plus1d_18`, BSD-3-Clause, 31.5 M parameters with the classifier that is left out here, 67.5 top-1 at 16 x 112 x 112).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
+
+from vidfuse.models import weights
+from vidfuse.models.layers import VideoResNet
+
+PUBLISHED = R2Plus1D_18_Weights.KINETICS400_V1
+
+
+def build(
+    *,
+    frames: int,
+    size: int,
+    pretrained: bool = False,
+    stage: Literal["layer2", "layer3", "layer4"] = "layer4",
+    batch_norm: Literal["train", "frozen"] = "train",
+) -> VideoResNet:
+    """Build the backbone.
+
+    Args:
+        frames: T of a clip; any. 16 is what the published weights were trained with.
+        size: Height and width of a clip, in pixels; any. 112 is what the published weights were trained with.
+        pretrained: Fetch the published Kinetics-400 weights.
+        stage: Whose output the tokens are: layer2 (128 wide), layer3 (256) or layer4 (512).
+        batch_norm: `train` normalises by the batch and updates running statistics, `frozen` does neither.
+
+    Raises:
+        ValueError: the weights cannot be fetched.
+    """
+    with weights.fetching("r2plus1d_18 (Kinetics-400)", file=PUBLISHED.url):
+        network = r2plus1d_18(weights=PUBLISHED if pretrained else None)
+    transform = PUBLISHED.transforms()
+    return VideoResNet(network, stage=stage, batch_norm=batch_norm, mean=transform.mean, std=transform.std)
