@@ -12,7 +12,7 @@ import vidfuse.models
 from vidfuse.models import layers, parts, recognizer, select, weights
 heavy = {"ray", "deepspeed", "s3fs", "optuna"} & set(sys.modules)
 assert not heavy, heavy
-assert not {"timm", "torchvision"} & set(sys.modules), "libraries of backbones are imported with the backbone"
+assert not {"timm", "torchvision", "transformers"} & set(sys.modules), "libraries of backbones are imported with the backbone"
 for room in ("backbones", "fusion"):
     for name in select.names(room):
         select.options(room, name)
@@ -30,7 +30,9 @@ with install_import_hook("vidfuse.models", "beartype.beartype"):
     from vidfuse.models.recognizer import build_recognizer
     clips = torch.zeros(1, 2, 3, 112, 112, dtype=torch.uint8)
     for name in select.names("backbones"):
-        model = build_recognizer(classes=3, frames=2, size=112, motion={"name": name}, fusion={"name": "mean"})
+        options = {"depth": 1} if "depth" in select.options("backbones", name) else {}
+        motion = {"name": name, "options": options}
+        model = build_recognizer(classes=3, frames=2, size=112, motion=motion, fusion={"name": "mean"})
         model(clips)
     streams = {n: Tokens(torch.zeros(2, 3, 8), grid_positions(3, 1, 1), torch.ones(2, 3) > 0) for n in ("semantic", "motion")}
     for fusion in select.names("fusion"):
