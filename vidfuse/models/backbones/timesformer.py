@@ -124,13 +124,13 @@ def build(
     if frames < 1:
         raise ValueError(f"timesformer takes clips of 1 frame or more, given {frames}")
     check_patch(size, PATCH)
+    if pretrained and attention != "divided":
+        raise ValueError(f"timesformer has published weights of attention=divided alone, given attention={attention}")
     kept = kept_blocks(depth, BLOCKS)
     config = TimesformerConfig(
         image_size=size, num_frames=frames, num_hidden_layers=kept, attention_type=TYPES[cast(str, attention)]
     )
     backbone = TimeSformer(TimesformerModel(config), later=range(kept, BLOCKS))
-    if pretrained and attention != "divided":
-        raise ValueError(f"timesformer has published weights of attention=divided alone, given attention={attention}")
     if pretrained:
         weights.load(backbone, weights.from_hub(PUBLISHED[checkpoint]))
     return backbone

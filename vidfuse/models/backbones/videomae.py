@@ -124,6 +124,7 @@ def build(
     """
     check_tubelet(frames, TUBELET)
     check_patch(size, PATCH)
+    repository = _repository(variant, checkpoint) if pretrained else None
     width, blocks, heads = SIZES[variant]
     kept = kept_blocks(depth, blocks)
     config = VideoMAEConfig(
@@ -138,8 +139,7 @@ def build(
     model = VideoMAEModel(config)
     model.set_attn_implementation("sdpa")
     backbone = VideoMAE(model, later=range(kept, blocks))
-    if pretrained:
-        weights.load(backbone, weights.from_hub(_repository(variant, checkpoint)))
+    weights.load(backbone, weights.from_hub(repository) if repository else None)
     return backbone
 
 
