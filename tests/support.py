@@ -143,6 +143,13 @@ def clip_for(backbone: str, clips: Sequence[tuple[int, int]] = CLIPS) -> tuple[i
     return None
 
 
+def few_blocks(backbone: str, blocks: int = 2) -> dict[str, int]:
+    """Options that make a backbone no deeper than it must be: of equal blocks two show what all do."""
+    from vidfuse.models import select as components
+
+    return {"depth": blocks} if "depth" in components.options("backbones", backbone) else {}
+
+
 # --- an S3 server ---
 
 

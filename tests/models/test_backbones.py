@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from tests.support import CLIPS, clip_for
+from tests.support import CLIPS, clip_for, few_blocks
 from vidfuse.models import select
 from vidfuse.models.layers import Normalize
 from vidfuse.models.parts import Backbone
@@ -26,7 +26,7 @@ def _taken(name):
 def _built(name):
     frames, size = _taken(name)
     torch.manual_seed(0)
-    return select.build("backbones", name, frames=frames, size=size)
+    return select.build("backbones", name, frames=frames, size=size, **few_blocks(name))
 
 
 @pytest.fixture(params=NAMES)
@@ -111,7 +111,7 @@ def test_works_when_an_engine_casts_its_parameters(name):
 def _smallest(name):
     """CPUs are slow at bf16 convolutions."""
     frames, size = clip_for(name, ((1, 28), (1, 32), (2, 32), (8, 16), *CLIPS))
-    return select.build("backbones", name, frames=frames, size=size), frames, size
+    return select.build("backbones", name, frames=frames, size=size, **few_blocks(name)), frames, size
 
 
 def test_modules_that_own_parameters_are_called(backbone, clip):

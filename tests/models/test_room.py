@@ -14,7 +14,7 @@ import vidfuse.models
 from vidfuse.models import layers, parts, recognizer, select, weights
 heavy = {"ray", "deepspeed", "s3fs", "optuna"} & set(sys.modules)
 assert not heavy, heavy
-assert not {"timm", "torchvision"} & set(sys.modules), "libraries of backbones are imported with the backbone"
+assert not {"timm", "torchvision", "transformers"} & set(sys.modules), "libraries of backbones are imported with the backbone"
 for room in ("backbones", "fusion"):
     for name in select.names(room):
         select.options(room, name)
@@ -30,11 +30,12 @@ with install_import_hook("vidfuse.models", "beartype.beartype"):
     from vidfuse.models.layers import grid_positions
     from vidfuse.models.parts import Tokens
     from vidfuse.models.recognizer import build_recognizer
-    from tests.support import clip_for
+    from tests.support import clip_for, few_blocks
     for name in select.names("backbones"):
         frames, size = clip_for(name)
         clips = torch.zeros(1, frames, 3, size, size, dtype=torch.uint8)
-        model = build_recognizer(classes=3, frames=frames, size=size, motion={"name": name}, fusion={"name": "mean"})
+        motion = {"name": name, "options": few_blocks(name, 1)}
+        model = build_recognizer(classes=3, frames=frames, size=size, motion=motion, fusion={"name": "mean"})
         model(clips)
     streams = {n: Tokens(torch.zeros(2, 3, 8), grid_positions(3, 1, 1), torch.ones(2, 3) > 0) for n in ("semantic", "motion")}
     for fusion in select.names("fusion"):

@@ -42,7 +42,7 @@ def _loaded(path, **options):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth"])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "w.bin"])
 def test_every_weight_is_replaced(saved, state, name):
     found = _loaded(saved(state, name))
     assert all(torch.equal(found[key], state[key]) for key in state)
@@ -132,9 +132,9 @@ def test_other_content_endings_and_missing_files_are_named(tmp_path, saved):
         _loaded(saved([1, 2], "w.pt"))
     with pytest.raises(ValueError, match=r"nothere\.pt does not exist; give"):
         _loaded(tmp_path / "nothere.pt")
-    (tmp_path / "w.bin").touch()
-    with pytest.raises(ValueError, match=r"ends in '\.bin'; \.safetensors, \.pt, \.pth and \.pyth"):
-        _loaded(tmp_path / "w.bin")
+    (tmp_path / "w.h5").touch()
+    with pytest.raises(ValueError, match=r"ends in '\.h5'; \.safetensors, \.pt, \.pth, \.pyth, \.bin are read"):
+        _loaded(tmp_path / "w.h5")
 
 
 def _recognizer(weights_file, stream="motion", **spec):
@@ -208,3 +208,20 @@ def test_a_file_in_the_hubs_cache_needs_no_network(monkeypatch, saved):
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", None)
     fetched = select.build("backbones", "dinov2", frames=1, size=28, pretrained=True)
     assert not torch.equal(fetched.vit.cls_token, model.vit.cls_token)
+
+
+@pytest.mark.parametrize("held", ["model.safetensors", "pytorch_model.bin"])
+def test_of_a_hubs_repository_the_file_that_it_has_is_taken(monkeypatch, held):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def metadata(url):
+        if not url.endswith(f"some/repository/resolve/main/{held}"):
+            raise EntryNotFoundError(f"404 {url}")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file: f"/cache/{repository}/{file}")
+    assert str(weights.from_hub("some/repository")) == f"/cache/some/repository/{held}"
+    with pytest.raises(ValueError, match=r"other\.safetensors of https://huggingface\.co/some/repository"):
+        weights.from_hub("some/repository", "other.safetensors")

@@ -414,3 +414,26 @@ def check_patch(size: int, patch: int) -> None:
         below, above = size // patch * patch, (size // patch + 1) * patch
         near = f"{below} and {above}" if below else f"{above}"
         raise ValueError(f"size {size} is not tiled by patches of {patch} x {patch} pixels; nearest that are: {near}")
+
+
+def check_tubelet(frames: int, tubelet: int) -> None:
+    """Refuse a clip whose frames the tubelets do not tile.
+
+    Raises:
+        ValueError: `tubelet` does not divide `frames`; the message has the nearest numbers that do.
+    """
+    if frames < 1 or frames % tubelet:
+        below, above = frames // tubelet * tubelet, (frames // tubelet + 1) * tubelet
+        near = f"{below} and {above}" if below > 0 else f"{tubelet}"
+        raise ValueError(f"{frames} frames are not tiled by tubelets of {tubelet} frames; nearest that are: {near}")
+
+
+def kept_blocks(depth: int | None, blocks: int) -> int:
+    """How many of a transformer's `blocks` are kept, from the first, when `depth` is asked for; `None`: all.
+
+    Raises:
+        ValueError: more than there are, or none.
+    """
+    if depth is not None and not 1 <= depth <= blocks:
+        raise ValueError(f"depth is the number of blocks kept, 1 to {blocks} of this variant, or null for all; given {depth}")
+    return blocks if depth is None else depth

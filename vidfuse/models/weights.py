@@ -11,7 +11,7 @@ import hashlib
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 
 WRAPPERS = ("state_dict", "model", "model_state")
 """Keys under which training scripts nest the weights in a `.pth`."""
+ENDINGS = (".safetensors", ".pt", ".pth", ".pyth", ".bin")
+"""Of files that are read; `.bin` is what older repositories of the Hugging Face hub hold, and `torch.load` reads it."""
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names that a repository of the hub gives its weights, the preferred first."""
 SHOWN = 4
 """Names listed of each kind of fault."""
 
@@ -42,7 +46,7 @@ def load(
 
     Args:
         module: What the weights are for.
-        source: `.safetensors`, `.pt`, `.pth` or `.pyth` file; `FILE#sha256=HEX` also states its hash. `None`: nothing is done.
+        source: `.safetensors`, `.pt`, `.pth`, `.pyth` or `.bin` file; `FILE#sha256=HEX` also states its hash. `None`: nothing is done.
         sha256: Hash that the file must have, as hexadecimal text.
         rename: Prefixes of names in the file and what to put in their place (`{"module.": ""}` strips one).
 
@@ -97,8 +101,10 @@ def tell(module: nn.Module) -> None:
         log.warning("%s", licence)
 
 
-def from_hub(repository: str, file: str = "model.safetensors") -> Path:
-    """Local copy of a file of the Hugging Face hub; one that is in the client's cache needs no network.
+def from_hub(repository: str, *files: str) -> Path:
+    """Local copy of the first of `files` (`HUB_FILES` if none are given) that a repository of the Hugging Face hub has.
+
+    One that is in the client's cache needs no network.
 
     The client by itself repeats a failing request for 25 seconds. Here an answer is asked for once before it is left to that,
     so that a machine without network is told at once.
@@ -107,13 +113,20 @@ def from_hub(repository: str, file: str = "model.safetensors") -> Path:
         ValueError: the file cannot be fetched.
     """
     import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError
 
-    with fetching(repository, file=f"{file} of https://huggingface.co/{repository}"):
-        cached = hub.try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return Path(cached)
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
-        return Path(hub.hf_hub_download(repository, file))
+    names = files or HUB_FILES
+    with fetching(repository, file=f"{names[0]} of https://huggingface.co/{repository}"):
+        for name in names:
+            cached = hub.try_to_load_from_cache(repository, name)
+            if isinstance(cached, str):
+                return Path(cached)
+        for name in names[:-1]:
+            with suppress(EntryNotFoundError):
+                hub.get_hf_file_metadata(hub.hf_hub_url(repository, name))
+                return Path(hub.hf_hub_download(repository, name))
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, names[-1]))
+        return Path(hub.hf_hub_download(repository, names[-1]))
 
 
 @contextmanager
@@ -139,11 +152,9 @@ def fetching(what: str, *, file: str) -> Iterator[None]:
 
 def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(
-            f"weights file {path} does not exist; give a .safetensors, .pt, .pth or .pyth file, `pretrained` or null"
-        )
-    if path.suffix not in (".safetensors", ".pt", ".pth", ".pyth"):
-        raise ValueError(f"weights file {path} ends in {path.suffix!r}; .safetensors, .pt, .pth and .pyth are read")
+        raise ValueError(f"weights file {path} does not exist; give a {', '.join(ENDINGS)} file, `pretrained` or null")
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"weights file {path} ends in {path.suffix!r}; {', '.join(ENDINGS)} are read")
     if sha256 and (found := _sha256(path)) != sha256.lower():
         raise ValueError(f"weights file {path} has sha256 {found}, stated is {sha256}; it is another file or damaged")
     try:
