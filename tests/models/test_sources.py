@@ -117,6 +117,31 @@ def test_r3d_tokens_are_torchvisions_stages(network, stage, times):
     assert not any(key.startswith("layer4") for key in model.state_dict()) or stage == "layer4"
 
 
+def test_r3d_segments_are_windows_that_went_through_alone(network):
+    build = {"frames": 16, "size": 32, "stage": "layer4"}
+    model = select.build("backbones", "r3d", **build, segments=8).eval()
+    plain = select.build("backbones", "r3d", **build).eval()
+    for each in (model, plain):
+        each.load_state_dict(each.published_state(network.state_dict()))
+    clip = torch.randn(2, 16, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model(clip)
+        starts = [0, 2, 3, 5, 7, 9, 10, 12]  # i * 12 / 7, to the nearest
+        alone = [
+            plain(clip[:, start : start + 4]).values for start in starts
+        ]  # of 4 frames one position is left, of 2 x 2 cells
+    want = torch.cat([rearrange(a, "B (t c) D -> B t c D", c=4).mean(1) for a in alone], dim=1)
+    assert tokens.values.shape == (2, 8 * 4, 512)
+    torch.testing.assert_close(tokens.values, want, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(tokens.positions[::4, 0], torch.tensor([(s + 2) / 16 for s in starts]))
+    assert tokens.positions[:4, 1:].tolist() == [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+
+
+def test_more_segments_than_frames():
+    with pytest.raises(ValueError, match="a clip of 4 frames has 1 to 4 segments, given 8"):
+        select.build("backbones", "r3d", frames=4, size=32, segments=8)
+
+
 def test_r3d_with_frozen_batch_norm_keeps_its_statistics():
     model = select.build("backbones", "r3d", frames=4, size=32, stage="layer2", batch_norm="frozen").train()
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "tracked" in k}

@@ -174,6 +174,19 @@ class FreezableBatchNorm(nn.Module):
         return [m for m in self.modules() if isinstance(m, _BatchNorm)]
 
 
+def sliding_windows(frames: int, segments: int) -> tuple[slice, ...]:
+    """`segments` windows at equal distances from the first frame to the last, each twice as long as a segment's share.
+
+    Raises:
+        ValueError: fewer frames than segments, or no segment.
+    """
+    if not 1 <= segments <= frames:
+        raise ValueError(f"a clip of {frames} frames has 1 to {frames} segments, given {segments}")
+    length = min(-(-2 * frames // segments), frames)
+    starts = [round(i * (frames - length) / max(segments - 1, 1)) for i in range(segments)]
+    return tuple(slice(start, start + length) for start in starts)
+
+
 def cells_of(blocks: Iterable[nn.Module], clip: Float[Tensor, "B T C H W"]) -> Tokens:
     """Blocks of 3-D convolutions in order; a token at the centre of each cell of what the last one gives, time slowest."""
     x = rearrange(clip, "B T C H W -> B C T H W")
@@ -200,6 +213,12 @@ class VideoResNet(FreezableBatchNorm):
         batch_norm: `frozen` keeps running statistics and affine parameters as they are, also in training mode.
         mean: Mean of each channel of its input, for values 0..1.
         std: Standard deviation of each channel of its input, for values 0..1.
+        frames: T of a clip.
+        segments: Number of windows that slide over the clip, each overlapping its neighbours by half or more; a window goes through
+            the network by itself, and its output is averaged over time. `None`: the clip goes through as a whole.
+
+    Raises:
+        ValueError: fewer frames than segments.
     """
 
     widths: Mapping[str, int] = MappingProxyType({"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512})
@@ -212,10 +231,13 @@ class VideoResNet(FreezableBatchNorm):
         batch_norm: Literal["train", "frozen"],
         mean: Sequence[float],
         std: Sequence[float],
+        frames: int,
+        segments: int | None,
     ) -> None:
         super().__init__()
         self.mean, self.std = tuple(mean), tuple(std)
         self.width = self.widths[stage]
+        self.windows = () if segments is None else sliding_windows(frames, segments)
         self.stages = ("stem", *(name for name in self.widths if name <= stage))
         for name in self.stages:
             self.add_module(name, with_own_batch_norm(network.get_submodule(name)))
@@ -227,8 +249,17 @@ class VideoResNet(FreezableBatchNorm):
         return tuple(self.get_submodule(name) for name in self.stages)
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
-        """A token for each cell of the last stage's output."""
-        return cells_of(self.blocks, clip)
+        """A token for each cell of the last stage's output; of windows, time slowest."""
+        if not self.windows:
+            return cells_of(self.blocks, clip)
+        parts = torch.stack([clip[:, part] for part in self.windows], dim=1)
+        tokens = cells_of(self.blocks, rearrange(parts, "B n T C H W -> (B n) T C H W"))
+        places = tokens.positions[tokens.positions[:, 0] == tokens.positions[0, 0]]
+        cells = rearrange(tokens.values, "(B n) (t c) D -> B n t c D", n=len(self.windows), c=len(places)).mean(dim=2)
+        centres = [(part.start + part.stop) / 2 / clip.shape[1] for part in self.windows]
+        positions = places.repeat(len(centres), 1)
+        positions[:, 0] = torch.tensor(centres, device=places.device).repeat_interleave(len(places))
+        return Tokens(rearrange(cells, "B n c D -> B (n c) D"), positions)
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of torchvision's file without the classifier and the stages that are not here."""

@@ -26,6 +26,7 @@ def build(
     pretrained: bool = False,
     stage: Literal["layer2", "layer3", "layer4"] = "layer4",
     batch_norm: Literal["train", "frozen"] = "train",
+    segments: int | None = None,
 ) -> VideoResNet:
     """Build the backbone.
 
@@ -35,11 +36,15 @@ def build(
         pretrained: Fetch the published Kinetics-400 weights.
         stage: Whose output the tokens are: layer2 (128 wide), layer3 (256) or layer4 (512).
         batch_norm: `train` normalises by the batch and updates running statistics, `frozen` does neither.
+        segments: Number of positions in time, by as many windows that slide over the clip and overlap by half; it costs about
+            twice as much. `None`: those that the stage leaves.
 
     Raises:
-        ValueError: the weights cannot be fetched.
+        ValueError: fewer frames than segments, or the weights cannot be fetched.
     """
     with weights.fetching("r2plus1d_18 (Kinetics-400)", file=PUBLISHED.url):
         network = r2plus1d_18(weights=PUBLISHED if pretrained else None)
     transform = PUBLISHED.transforms()
-    return VideoResNet(network, stage=stage, batch_norm=batch_norm, mean=transform.mean, std=transform.std)
+    return VideoResNet(
+        network, stage=stage, batch_norm=batch_norm, mean=transform.mean, std=transform.std, frames=frames, segments=segments
+    )
