@@ -18,17 +18,33 @@ WIDTHS = {"semantic": 24, "motion": 16}
 
 @pytest.fixture(params=NAMES)
 def fusion(request):
+    """With parameters moved from where they start: a branch that starts at zero would hide whatever is behind it."""
     torch.manual_seed(0)
-    return select.build("fusion", request.param, widths=WIDTHS)
+    fusion = _build(request.param)
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return fusion
+
+
+def _build(name):
+    """The fusion of both streams, or of motion if it says that it takes one (which it finds among those of a call)."""
+    try:
+        return select.build("fusion", name, widths=WIDTHS)
+    except ValueError as error:
+        assert "takes one stream, given semantic and motion" in str(error)
+        return select.build("fusion", name, widths={"motion": WIDTHS["motion"]})
 
 
 def _streams(seed=1, *, masked=True):
+    """Tokens of a clip have something in common, as a backbone's have: cosine similarities are around 0.8."""
     draw = torch.Generator().manual_seed(seed)
     grids = {"semantic": (3, 2, 2), "motion": (2, 1, 2)}
     streams = {}
     for name, grid in grids.items():
         positions = grid_positions(*grid)
-        values = torch.randn(2, len(positions), WIDTHS[name], generator=draw)
+        common = 2 * torch.randn(2, 1, WIDTHS[name], generator=draw)
+        values = common + torch.randn(2, len(positions), WIDTHS[name], generator=draw)
         mask = torch.ones(2, len(positions), dtype=torch.bool)
         mask[0, -1] = mask[1, 1] = mask[1, -1] = False
         streams[name] = Tokens(values, positions, mask if masked else None)
@@ -55,7 +71,10 @@ def test_gives_a_feature_and_attention_if_asked(fusion, masked):
     for name, weights in asked.attention.items():
         queries, keys = name.split(".")[-1].split("_to_")
         assert weights.shape[::2] == (2, streams[queries].values.shape[1])
-        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+        total = weights.sum(dim=-1)
+        looking = total > 0
+        torch.testing.assert_close(total, looking.float())
+        assert looking.any() and (masked or looking.all()), "only where nothing real is to be seen may a query see nothing"
         if masked:
             assert not weights.masked_select(~streams[keys].mask[:, None, None]).any(), "padding is looked at"
 
@@ -138,6 +157,17 @@ def test_works_when_an_engine_casts_it(fusion):
     fused = fusion.bfloat16().eval()(_with(_streams(), lambda t: replace(t, values=t.values.bfloat16())), return_attention=True)
     assert fused.feature.dtype == torch.bfloat16
     assert all(w.dtype == torch.float32 for w in fused.attention.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("masked", [True, False])
+def test_builds_and_runs_without_memory(name, masked):
+    streams = _with(_streams(masked=masked), lambda t: replace(t, values=t.values.to("meta"), positions=t.positions.to("meta")))
+    streams = _with(streams, lambda t: replace(t, mask=None if t.mask is None else t.mask.to("meta")))
+    with torch.device("meta"):
+        fusion = _build(name)
+        feature = fusion(streams).feature
+    assert feature.is_meta and feature.shape == (2, fusion.width)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,13 @@ with install_import_hook("vidfuse.models", "beartype.beartype"):
         model(clips)
     streams = {n: Tokens(torch.zeros(2, 3, 8), grid_positions(3, 1, 1), torch.ones(2, 3) > 0) for n in ("semantic", "motion")}
     for fusion in select.names("fusion"):
-        select.build("fusion", fusion, widths={"semantic": 8, "motion": 8})(streams, return_attention=True)
+        try:
+            model_of_two = select.build("fusion", fusion, widths={"semantic": 8, "motion": 8})
+        except ValueError as error:
+            assert "takes one stream" in str(error)
+            select.build("fusion", fusion, widths={"motion": 8})({"motion": streams["motion"]}, return_attention=True)
+        else:
+            model_of_two(streams, return_attention=True)
 for wrong in (clips.float(), clips[0]):
     try:
         model(wrong)

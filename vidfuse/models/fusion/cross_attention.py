@@ -19,26 +19,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vidfuse.models.layers import (
+    READERS,
     Attention,
     AttentivePool,
+    Direction,
     Mlp,
     check_heads,
     check_share,
+    check_two_streams,
     encode_positions,
     masked_mean,
     without_padding,
 )
 from vidfuse.models.parts import Fused, Tokens
 
-Direction = Literal["both", "semantic_to_motion", "motion_to_semantic"]
 Pool = Literal["concat", "mean", "attentive"]
-READERS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "both": (("semantic", "motion"), ("motion", "semantic")),
-    "semantic_to_motion": (("semantic", "motion"),),
-    "motion_to_semantic": (("motion", "semantic"),),
-}
-"""(who queries, who is looked at) of each direction."""
-
 Values = dict[str, Float[Tensor, "B N D"]]
 Masks = Mapping[str, Bool[Tensor, "B N"] | None]
 
@@ -179,11 +174,7 @@ def build(
     Raises:
         ValueError: not exactly the two streams; heads that do not divide the width; a number outside its range.
     """
-    if set(widths) != {"semantic", "motion"}:
-        raise ValueError(
-            f"fusion cross_attention joins two streams, semantic and motion, given {' and '.join(widths) or 'none'}; "
-            "add the other stream, or take fusion mean or concat for one"
-        )
+    check_two_streams("cross_attention", widths)
     check_heads(width, heads)
     check_share("dropout", dropout)
     if layers < 1 or width < 6 or (mlp_ratio is not None and mlp_ratio * width < 1):
