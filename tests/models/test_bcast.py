@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidfuse.models import select
-from vidfuse.models.layers import (
-    Attention,
-    BottleneckExchange,
-    attend_in,
-    encode_positions,
-    frame_positions,
-    grid_positions,
-    windows_along,
-)
+from vidfuse.models.exchange import BottleneckExchange, attend_in, windows_along
+from vidfuse.models.layers import Attention, encode_positions, frame_positions, grid_positions
 from vidfuse.models.parts import Tokens
 
 WIDTHS = {"semantic": 10, "motion": 14}

@@ -64,7 +64,7 @@ def test_an_unknown_option_lists_the_valid_ones_with_defaults():
         ({"heads": None}, "option heads is a whole number, given None"),
         ({"dropout": "a"}, "option dropout is a number"),
         ({"mlp_ratio": "a"}, "option mlp_ratio is a number or null"),
-        ({"pool": "max"}, "option pool is one of 'concat', 'mean', given 'max'"),
+        ({"pool": "max"}, "option pool is one of 'concat', 'mean', 'attentive', given 'max'"),
     ],
 )
 def test_a_value_of_another_type_names_what_is_allowed(options, said):

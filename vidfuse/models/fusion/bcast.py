@@ -19,16 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vidfuse.models.layers import (
-    BottleneckExchange,
-    Direction,
-    WindowsOption,
-    check_heads,
-    check_share,
-    check_two_streams,
-    masked_mean,
-    without_padding,
-)
+from vidfuse.models.exchange import BottleneckExchange, Direction, WindowsOption
+from vidfuse.models.layers import check_heads, check_share, check_two_streams, masked_mean, without_padding
 from vidfuse.models.parts import Fused, Tokens
 
 

@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vidfuse.models.exchange import READERS, Direction
 from vidfuse.models.layers import (
-    READERS,
     Attention,
     AttentivePool,
-    Direction,
     Mlp,
     check_heads,
     check_share,

@@ -20,21 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vidfuse.models.layers import (
-    Attention,
-    BottleneckExchange,
-    Direction,
-    Window,
-    WindowsOption,
-    attend_in,
-    check_heads,
-    check_share,
-    check_two_streams,
-    masked_mean,
-    ranks,
-    windows_along,
-    without_padding,
-)
+from vidfuse.models.exchange import BottleneckExchange, Direction, Window, WindowsOption, attend_in, windows_along
+from vidfuse.models.layers import Attention, check_heads, check_share, check_two_streams, masked_mean, ranks, without_padding
 from vidfuse.models.parts import Fused, Tokens
 
 Edges = Sequence[Bool[Tensor, "_ _ _ _"]]
