@@ -3,7 +3,7 @@
 Axes: B clips, T frames, C channels, H height, W width, N tokens, D width; t, h, w of the output grid.
 Comes in: normalised clips. Goes out: the class token of the clip and a token for each cell of the last block's grid (T / 2, H / 32,
 W / 32, rounded up), after the last norm.
-Source: Fan et al. 2021, MViT (arXiv:2104.11227), table 3, and Li et al. 2022, MViTv2 (arXiv:2112.01526), table 3; models and
+Source: Fan et al. 2021, MViT (arXiv:2104.11227), table 3, and Li et al. 2022, MViTv2 (arXiv:2112.01526), table 1; models and
 Kinetics-400 weights by torchvision (`mvit_v2_s`: 34.5 M parameters with the classifier that is left out here, 80.8 top-1; `mvit_v1_b`:
 36.6 M, 78.5; both at 16 x 224 x 224; BSD-3-Clause).
 Other clips: v2's relative positions stay as published (those of 16 x 224 x 224) and are resampled to the grid at hand in each block,
