@@ -106,10 +106,11 @@ class FrameViT(nn.Module):
         return Tokens(values, self._positions(clip))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """State of a published file (timm's or the authors') under this module's names."""
+        """State of a published file (timm's or the authors') under this module's names, without its classifier."""
         if all(key.startswith("vit.") for key in state):
             return dict(state)
-        return {f"vit.{key}": value for key, value in self._adapt(dict(state), self.vit).items()}
+        adapted = without(self._adapt(dict(state), self.vit), ("head.",), said=type(self.vit).__name__)
+        return {f"vit.{key}": value for key, value in adapted.items()}
 
     def _kept(self, values: Float[Tensor, "F n D"]) -> Float[Tensor, "F m D"]:
         prefix = cast(int, self.vit.num_prefix_tokens)
@@ -121,14 +122,14 @@ class FrameViT(nn.Module):
         return frame_positions(frames, height, width, clip.device, tokens=self.tokens)
 
 
-class BatchNorm3d(nn.BatchNorm3d):
+class _OwnBatchNorm(_BatchNorm):
     """Batch norm in the precision of its running statistics, whatever an engine casts its parameters to.
 
     DeepSpeed casts parameters and leaves buffers in float32 (running statistics of bfloat16 would not move by a tenth of a
     difference); torch's own batch norm refuses that mixture.
     """
 
-    def forward(self, input: Float[Tensor, "B C t h w"]) -> Float[Tensor, "B C t h w"]:
+    def forward(self, input: Float[Tensor, "B C ..."]) -> Float[Tensor, "B C ..."]:
         """The input normalised, in its own dtype."""
         self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
@@ -139,12 +140,25 @@ class BatchNorm3d(nn.BatchNorm3d):
         return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
 
+class BatchNorm2d(_OwnBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` in the precision of its running statistics."""
+
+
+class BatchNorm3d(_OwnBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` in the precision of its running statistics."""
+
+
+OWN_BATCH_NORM: Mapping[type[nn.Module], type[_OwnBatchNorm]] = {nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+"""What `with_own_batch_norm` puts in the place of torch's."""
+
+
 def with_own_batch_norm(module: nn.Module) -> nn.Module:
-    """`module` with every `nn.BatchNorm3d` inside replaced by `BatchNorm3d`, under the same names, with the same tensors."""
+    """`module` with every batch norm of torch inside replaced by ours, under the same names, with the same tensors."""
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm3d:
-            own = BatchNorm3d(child.num_features, child.eps, child.momentum).train(child.training)
-            own._parameters, own._buffers = child._parameters, child._buffers
+        if own_type := OWN_BATCH_NORM.get(type(child)):
+            norm = cast(_BatchNorm, child)
+            own = own_type(norm.num_features, norm.eps, norm.momentum).train(norm.training)
+            own._parameters, own._buffers = norm._parameters, norm._buffers
             module.add_module(name, own)
         else:
             with_own_batch_norm(child)
