@@ -129,3 +129,180 @@ def ssv2_cross_attention_dinov2() -> Config:
     """`ssv2_cross_attention` with DINOv2 ViT-S/14 (384 wide, 256 patches a frame). Time and figure: not measured."""
     changes = ["model.semantic.name=dinov2", "model.semantic.variant=vits14", "run.name=ssv2_cross_attention_dinov2"]
     return override(ssv2_cross_attention(), changes)
+
+
+@preset
+def ssv2_gasm_cast() -> Config:
+    """GASM-CAST on Something-Something-V2: graphs over frozen DINOv3 ViT-B/16 patches and over R3D-18 segments, three B-CAST layers.
+
+    R3D-18's last stage leaves 2 positions in time of 16 frames, so its 8 segments are windows that slide over the clip. Command:
+    `ssv2_cross_attention`'s. Time and figure: not measured.
+    """
+    return override(
+        ssv2_cross_attention_r3d(),
+        [
+            "model.semantic.variant=vitb16",
+            "model.semantic.tokens=patch",
+            "model.motion.frozen=false",
+            "model.motion.batch_norm=frozen",
+            "model.motion.segments=8",
+            "model.fusion.name=gasm_cast",
+            "model.max_trainable_parameters=50000000",
+            "train.learning_rate=1e-4",
+            "run.name=ssv2_gasm_cast",
+        ],
+    )
+
+
+@preset
+def ssv2_vjepa2_dinov3() -> Config:
+    """Something-Something-V2: frozen DINOv3 ViT-B/16 and V-JEPA 2 ViT-L, two bidirectional blocks, attentive pooling.
+
+    V-JEPA 2 alone, frozen, has 72.0 top-1 there with ViT-L and 74.8 with ViT-g in its paper (arXiv:2506.09985). Command:
+    `ssv2_cross_attention`'s. Time and figure: not measured.
+    """
+    return override(
+        ssv2_cross_attention_r3d(),
+        [
+            "data.size=256",
+            "model.semantic.variant=vitb16",
+            "model.motion.name=vjepa2",
+            "model.fusion.layers=2",
+            "model.fusion.width=384",
+            "model.fusion.pool=attentive",
+            "run.name=ssv2_vjepa2_dinov3",
+        ],
+    )
+
+
+@preset
+def ssv2_vjepa2g_dinov3() -> Config:
+    """`ssv2_vjepa2_dinov3` with V-JEPA 2 ViT-g. Time and figure: not measured."""
+    return override(ssv2_vjepa2_dinov3(), ["model.motion.variant=vitg16", "run.name=ssv2_vjepa2g_dinov3"])
+
+
+@preset
+def ucf101_videomae() -> Config:
+    """UCF101: VideoMAE ViT-B, all of it trained.
+
+    91.3 top-1 in its paper without other data (arXiv:2203.12602, table 6). Command: `python -m jobs.train --preset ucf101_videomae
+    --set data.url=s3://... run.storage=s3://... model.motion.weights=pretrained`; without weights raise `train.learning_rate` to 1e-3
+    and `train.epochs` to 200. Time and figure: not measured.
+    """
+    return from_mapping(
+        {
+            "data": {"classes": 101, "frames": 16, "size": 224, "flip": True},
+            "model": {
+                "motion": {"name": "videomae", "frozen": False},
+                "fusion": {"name": "mean"},
+                "head_dropout": 0.5,
+            },
+            "train": {
+                "epochs": 50,
+                "global_batch": 16,
+                "micro_batch": 4,
+                "learning_rate": 1e-4,
+                "warmup_epochs": 5.0,
+                "early_stopping_epochs": 15,
+            },
+            "run": {"name": "ucf101_videomae"},
+        }
+    )
+
+
+@preset
+def ucf101_timesformer() -> Config:
+    """UCF101: TimeSformer with divided attention, 8 frames (`model.motion.attention=joint` or `space_only` are its ablations).
+
+    Command: `ucf101_videomae`'s. Time and figure: not measured.
+    """
+    return override(ucf101_videomae(), ["model.motion.name=timesformer", "data.frames=8", "run.name=ucf101_timesformer"])
+
+
+@preset
+def ucf101_i3d() -> Config:
+    """UCF101: I3D-R50. Command: `ucf101_videomae`'s. Time and figure: not measured."""
+    return override(ucf101_videomae(), ["model.motion.name=i3d", "run.name=ucf101_i3d"])
+
+
+@preset
+def ucf101_inception_i3d() -> Config:
+    """UCF101: Inception-I3D on RGB; weights are a file. Command: `ucf101_videomae`'s. Time and figure: not measured."""
+    return override(ucf101_videomae(), ["model.motion.name=inception_i3d", "run.name=ucf101_inception_i3d"])
+
+
+@preset
+def ucf101_mvit() -> Config:
+    """UCF101: MViTv2-S. Command: `ucf101_videomae`'s. Time and figure: not measured."""
+    return override(ucf101_videomae(), ["model.motion.name=mvit", "run.name=ucf101_mvit"])
+
+
+@preset
+def ucf101_swin3d() -> Config:
+    """UCF101: Video Swin-T (`model.motion.variant=s` or `b`). Command: `ucf101_videomae`'s. Time and figure: not measured."""
+    return override(ucf101_videomae(), ["model.motion.name=swin3d", "data.frames=32", "run.name=ucf101_swin3d"])
+
+
+@preset
+def ucf101_cnn_rnn() -> Config:
+    """UCF101: ResNet-18 on each frame, a bidirectional LSTM, attention over time; `layer3` and `layer4` are trained from epoch 5.
+
+    The small baseline: 58.4 top-1 by its author's notes. Command: `ucf101_videomae`'s. Time and figure: not measured.
+    """
+    return override(
+        ucf101_videomae(),
+        [
+            "data.size=144",
+            "data.sampling=dense",
+            "data.stride=2",
+            "model.motion.name=resnet2d",
+            "model.motion.pool=average",
+            "model.motion.train_from_epoch=5",
+            "model.motion.trained_blocks=2",
+            "model.fusion.name=temporal_rnn",
+            "model.head_dropout=0.3",
+            "train.epochs=45",
+            "train.global_batch=8",
+            "train.learning_rate=3e-4",
+            "train.weight_decay=1e-4",
+            "train.early_stopping_epochs=8",
+            "run.name=ucf101_cnn_rnn",
+        ],
+    )
+
+
+def tiny(name: str) -> Config:
+    """A preset's twin for small machines and tests: its own model, with small parts, on the demo's data and schedule.
+
+    Of SSv2's presets the two streams are the demo's; the single streams of UCF101's are the preset's own network, with two blocks
+    where it has that option.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    config, small = get(name), demo()
+    late = config.model.motion is not None and config.model.motion.train_from_epoch > 0
+    twin = config.model_copy(update={"data": small.data, "train": small.train, "cluster": small.cluster})
+    settings = [f"run.name={name}_tiny", "model.max_trainable_parameters=null", *TINY.get(name.partition("_")[0], ())]
+    return override(twin, [*settings, *TINY.get(name, ()), *(["model.motion.train_from_epoch=1"] if late else [])])
+
+
+TINY: dict[str, tuple[str, ...]] = {
+    "ssv2": (
+        "model.semantic.name=tiny_image",
+        "model.motion.name=tiny_motion",
+        "model.motion.frozen=false",
+        "model.motion.radius=3",
+        "model.motion.channels=32",
+    ),
+    "ssv2_cross_attention": ("model.fusion.width=64", "model.fusion.heads=4"),
+    "ssv2_cross_attention_r3d": ("model.fusion.width=64", "model.fusion.heads=4"),
+    "ssv2_cross_attention_dinov2": ("model.fusion.width=64", "model.fusion.heads=4"),
+    "ssv2_vjepa2_dinov3": ("model.fusion.width=64", "model.fusion.heads=4"),
+    "ssv2_vjepa2g_dinov3": ("model.fusion.width=64", "model.fusion.heads=4"),
+    "ssv2_gasm_cast": ("model.fusion.bottleneck=32",),
+    "ucf101_videomae": ("model.motion.variant=vits16", "model.motion.depth=2"),
+    "ucf101_timesformer": ("model.motion.depth=2",),
+    "ucf101_cnn_rnn": ("model.fusion.hidden=32", "model.fusion.attention_width=32"),
+}
+"""What `tiny` sets, by the data set and by the preset."""
