@@ -8,7 +8,7 @@ Source: Liu et al. 2022, Video Swin Transformer (arXiv:2106.13230), section 3; m
 32 x 224 x 224; BSD-3-Clause).
 torchvision's attention hands the weights of its two linear layers to a function and never calls the layers, so that ZeRO-3, which gathers
 a layer's weights when it is called, would find them empty: attention is written anew here, with its names and numbers. That includes
-how it reads the table of relative positions where a grid is smaller than a window in height or width (clips under 224 pixels): by the
+how it reads the table of relative positions where a grid is smaller than a window in height or width (clips of 192 pixels or fewer): by the
 first entries of the full window's index, as the authors' code does, too, which there are not the distances between the cells.
 """
 
