@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 
-from jobs import cli
+from jobs import cli, models
 from tests.support import REPO
+from vidfuse.models import select
 from vidfuse.presets import PRESETS
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -41,3 +42,13 @@ def test_make_targets_and_presets_that_are_named_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for name in re.findall(r"--preset (\w+)", README):
         assert name in PRESETS
+
+
+def test_the_table_of_presets_is_what_the_command_prints():
+    assert "\n".join(models.table()) in README, "run `python -m jobs.models` and put what it prints into the README"
+
+
+def test_components_that_are_named_exist():
+    section = README.split("## Models")[1].split("## The demo")[0]
+    for room in ("backbones", "fusion"):
+        assert all(f"`{name}`" in section for name in select.names(room)), room

@@ -144,6 +144,7 @@ def test_builds_without_memory(name):
         tokens = model.eval()(torch.empty(2, frames, 3, size, size))
     assert all(p.is_meta for p in model.parameters())
     assert tokens.values.shape[-1] == model.width
+    assert tokens.positions.device.type == "cpu"
 
 
 def test_every_option_is_documented(name):

@@ -42,7 +42,7 @@ SPANNED: Mapping[Along, tuple[int, ...]] = {"time": (0,), "space": (1, 2), "all"
 
 @dataclass(frozen=True)
 class Window:
-    """Groups of equal size: the queries of a group look at the keys of that group and at no other."""
+    """Groups of equal size: the queries of a group look at the keys of that group and at no other. On the CPU, as positions."""
 
     queries: Int[Tensor, "G q"]
     """Indices of tokens."""
@@ -57,14 +57,11 @@ def windows_along(queries: Float[Tensor, "Q 3"], keys: Float[Tensor, "K 3"], alo
     share a cell if the place (or time) of one is the nearest that its stream has to the other's; ties count. So streams of one
     grid meet cell by cell; of grids that differ, a cell of the coarser one meets all cells of the finer one that lie in it; and
     a class token, at its frame's centre, meets what is nearest to the centre. Padded tokens keep their places.
-
-    Positions are read on the CPU. Where they have no values (meta device) all is one group.
     """
-    every = Window(_indices(queries)[None], _indices(keys)[None])
-    if along == "all" or queries.is_meta:
-        return (every,)
+    if along == "all":
+        return (Window(_indices(queries)[None], _indices(keys)[None]),)
     fixed = [axis for axis in range(3) if axis not in SPANNED[along]]
-    (query_places, query_at), (key_places, key_at) = (_places(p[:, fixed].cpu()) for p in (queries, keys))
+    (query_places, query_at), (key_places, key_at) = (_places(p[:, fixed]) for p in (queries, keys))
     seen, group_at = _same_cell(query_places, key_places).unique(dim=0, return_inverse=True)
     group, looked_at = group_at[query_at], seen[:, key_at]
     counts = torch.stack((group.bincount(minlength=len(seen)), looked_at.sum(dim=1)), dim=1)
@@ -72,9 +69,9 @@ def windows_along(queries: Float[Tensor, "Q 3"], keys: Float[Tensor, "K 3"], alo
     windows = []
     for size in counts.unique(dim=0):
         chosen = (counts == size).all(dim=1)
-        members = order[starts[chosen, None] + torch.arange(int(size[0]))]
+        members = order[starts[chosen, None] + torch.arange(int(size[0]), device="cpu")]
         others = looked_at[chosen].nonzero()[:, 1].reshape(len(members), int(size[1]))
-        windows.append(Window(members.to(queries.device), others.to(keys.device)))
+        windows.append(Window(members, others))
     return tuple(windows)
 
 
@@ -180,7 +177,7 @@ class BottleneckExchange(nn.Module):
         after, seen = dict(values), {}
         for a, b in self.pairs:
             name = f"{a}_to_{b}"
-            x, y = (low[n] + self._placed(positions[n], self.along[a]).to(low[n].dtype) for n in (a, b))
+            x, y = (low[n] + self._placed(positions[n], self.along[a], low[n]) for n in (a, b))
             read, weights = attend_in(
                 meeting[name], cast(Attention, self.attention[name]), x, y, masks[b], return_attention=return_attention
             )
@@ -189,9 +186,9 @@ class BottleneckExchange(nn.Module):
                 seen[name] = weights
         return after, seen
 
-    def _placed(self, positions: Float[Tensor, "N 3"], along: Along) -> Float[Tensor, "N d"]:
+    def _placed(self, positions: Float[Tensor, "N 3"], along: Along, like: Tensor) -> Float[Tensor, "N d"]:
         spanned = torch.tensor([axis in SPANNED[along] for axis in range(3)], device=positions.device)
-        return encode_positions(positions * spanned, self.bottleneck)
+        return encode_positions(positions * spanned, self.bottleneck, like.device).to(like.dtype)
 
 
 def _indices(values: Tensor) -> Int[Tensor, "N"]:

@@ -119,7 +119,7 @@ class FrameViT(nn.Module):
 
     def _positions(self, clip: Float[Tensor, "B T C H W"]) -> Float[Tensor, "N 3"]:
         frames, height, width = clip.shape[1], clip.shape[3] // self.patch, clip.shape[4] // self.patch
-        return frame_positions(frames, height, width, clip.device, tokens=self.tokens)
+        return frame_positions(frames, height, width, tokens=self.tokens)
 
 
 class _OwnBatchNorm(_BatchNorm):
@@ -209,7 +209,7 @@ def cells_of(blocks: Iterable[nn.Module], clip: Float[Tensor, "B T C H W"]) -> T
     for block in blocks:
         x = block(x)
     t, h, w = x.shape[2:]
-    return Tokens(rearrange(x, "B D t h w -> B (t h w) D"), grid_positions(t, h, w, clip.device))
+    return Tokens(rearrange(x, "B D t h w -> B (t h w) D"), grid_positions(t, h, w))
 
 
 def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...], *, said: str) -> dict[str, Tensor]:
@@ -406,30 +406,25 @@ def without_padding(tokens: Tokens) -> Tokens:
     return replace(tokens, values=tokens.values.masked_fill(~tokens.mask[..., None], 0))
 
 
-def grid_positions(frames: int, height: int, width: int, device: torch.device | None = None) -> Float[Tensor, "N 3"]:
+def grid_positions(frames: int, height: int, width: int) -> Float[Tensor, "N 3"]:
     """Centres of the cells of a grid over the clip, as (time, height, width) in 0..1, time slowest."""
-    axes = [(torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in (frames, height, width)]
+    axes = [(torch.arange(n, device="cpu", dtype=torch.float32) + 0.5) / n for n in (frames, height, width)]
     return rearrange(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1), "t h w a -> (t h w) a")
 
 
 def frame_positions(
-    frames: int,
-    height: int,
-    width: int,
-    device: torch.device | None = None,
-    *,
-    tokens: Literal["all", "class", "patch"] = "all",
+    frames: int, height: int, width: int, *, tokens: Literal["all", "class", "patch"] = "all"
 ) -> Float[Tensor, "N 3"]:
     """Positions of tokens frame by frame: the class token at the frame's centre, then its patches row by row."""
-    patches = rearrange(grid_positions(frames, height, width, device), "(T n) a -> T n a", T=frames)
-    classes = grid_positions(frames, 1, 1, device)[:, None]
+    patches = rearrange(grid_positions(frames, height, width), "(T n) a -> T n a", T=frames)
+    classes = grid_positions(frames, 1, 1)[:, None]
     chosen = {"class": classes, "patch": patches}
     kept = torch.cat((classes, patches), dim=1) if tokens == "all" else chosen[tokens]
     return rearrange(kept, "T n a -> (T n) a")
 
 
-def encode_positions(positions: Float[Tensor, "N 3"], width: int) -> Float[Tensor, "N D"]:
-    """Sines and cosines of continuous (time, height, width), a third of `width` each, the rest zero.
+def encode_positions(positions: Float[Tensor, "N 3"], width: int, device: torch.device | None = None) -> Float[Tensor, "N D"]:
+    """Sines and cosines of continuous (time, height, width), a third of `width` each, the rest zero, on `device`.
 
     The 3-D form of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) with wavelengths in clips, from `LONGEST_WAVE` to
     `SHORTEST_WAVE`, so that grids of different strides share one scale.
@@ -439,6 +434,7 @@ def encode_positions(positions: Float[Tensor, "N 3"], width: int) -> Float[Tenso
     """
     if width < 6:
         raise ValueError(f"positions in three axes need a width of 6 or more, given {width}")
+    positions = positions.to(device)
     steps = torch.linspace(0, 1, width // 6, device=positions.device)
     waves = LONGEST_WAVE * (SHORTEST_WAVE / LONGEST_WAVE) ** steps
     angles = rearrange(2 * math.pi * positions[..., None] / waves, "N a f -> N (a f)")

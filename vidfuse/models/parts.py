@@ -21,7 +21,8 @@ class Tokens:
 
     values: Float[Tensor, "B N D"]
     positions: Float[Tensor, "N 3"]
-    """Centre of each token in the clip as (time, height, width), each 0..1. A class token of a frame is at its centre."""
+    """Centre of each token in the clip as (time, height, width), each 0..1. A class token of a frame is at its centre.
+    On the CPU, whatever device the values are on: they are the same for every clip."""
     mask: Bool[Tensor, "B N"] | None = None
     """True where a token is real; `None`: all are."""
 

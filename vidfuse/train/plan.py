@@ -157,10 +157,9 @@ def clip_operations(config: Config, model: Recognizer) -> int:
         model: on the meta device; it is not changed.
     """
     clip = torch.empty((1, config.data.frames, 3, config.data.size, config.data.size), dtype=torch.uint8, device="meta")
-    training = model.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(clip)
-    model.train(training)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(clip)
     return int(counter.get_total_flops()) // 2
 
 

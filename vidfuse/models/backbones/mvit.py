@@ -65,15 +65,15 @@ class MViT(nn.Module):
         for block in self.blocks:
             x, grid = block(x, grid)
         kept = {"all": slice(None), "class": slice(1), "patch": slice(1, None)}[self.tokens]
-        return Tokens(self.norm(x)[:, kept], _positions(grid, clip.device)[kept])
+        return Tokens(self.norm(x)[:, kept], _positions(grid)[kept])
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of torchvision's file without the classifier."""
         return without(state, ("head.",), said="mvit")
 
 
-def _positions(grid: tuple[int, int, int], device: torch.device) -> Float[Tensor, "N 3"]:
-    return torch.cat((grid_positions(1, 1, 1, device), grid_positions(*grid, device)))
+def _positions(grid: tuple[int, int, int]) -> Float[Tensor, "N 3"]:
+    return torch.cat((grid_positions(1, 1, 1), grid_positions(*grid)))
 
 
 def build(

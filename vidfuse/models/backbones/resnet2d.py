@@ -70,10 +70,10 @@ class ResNet2d(FreezableBatchNorm):
             x = block(x)
         if self.pool == "average":
             values = rearrange(reduce(x, "F D h w -> F D", "mean"), "(B T) D -> B T D", T=frames)
-            return Tokens(values, frame_positions(frames, 1, 1, clip.device, tokens="class"))
+            return Tokens(values, frame_positions(frames, 1, 1, tokens="class"))
         values = rearrange(x, "(B T) D h w -> B (T h w) D", T=frames)
         height, width = x.shape[2:]
-        return Tokens(values, frame_positions(frames, height, width, clip.device, tokens="patch"))
+        return Tokens(values, frame_positions(frames, height, width, tokens="patch"))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of timm's or torchvision's file without the classifier and the stages that are not here."""

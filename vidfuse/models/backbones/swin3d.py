@@ -128,7 +128,7 @@ class Swin3D(nn.Module):
         for block in self.blocks:
             x = block(x)
         t, h, w = x.shape[1:4]
-        return Tokens(rearrange(self.norm(x), "B t h w D -> B (t h w) D"), grid_positions(t, h, w, clip.device))
+        return Tokens(rearrange(self.norm(x), "B t h w D -> B (t h w) D"), grid_positions(t, h, w))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of torchvision's file without the classifier."""

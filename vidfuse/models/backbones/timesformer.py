@@ -66,9 +66,9 @@ class TimeSformer(nn.Module):
         grid = frames, height // PATCH, width // PATCH
         values = self.timesformer(clip).last_hidden_state
         if self._by_frame:
-            return Tokens(rearrange(values, "(B T) n D -> B (T n) D", T=frames), frame_positions(*grid, clip.device))
-        patches = rearrange(grid_positions(*grid, clip.device), "(t n) a -> (n t) a", t=frames)
-        return Tokens(values, torch.cat((grid_positions(1, 1, 1, clip.device), patches)))
+            return Tokens(rearrange(values, "(B T) n D -> B (T n) D", T=frames), frame_positions(*grid))
+        patches = rearrange(grid_positions(*grid), "(t n) a -> (n t) a", t=frames)
+        return Tokens(values, torch.cat((grid_positions(1, 1, 1), patches)))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of a hub's file without classifier and the blocks that are not here, its positions for this clip.

@@ -61,7 +61,7 @@ class TinyImage(nn.Module):
         high, wide = x.shape[2:]
         patches = rearrange(x, "bt d h w -> bt (h w) d")
         values = self.norm(torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1))
-        return Tokens(rearrange(values, "(b t) n d -> b (t n) d", b=batch), frame_positions(frames, high, wide, x.device))
+        return Tokens(rearrange(values, "(b t) n d -> b (t n) d", b=batch), frame_positions(frames, high, wide))
 
 
 def build(*, frames: int, size: int, width: int = 32, depth: int = 1) -> TinyImage:

@@ -174,8 +174,8 @@ class TinyMotion(nn.Module):
         x = self.into(self.moments(x.flatten(0, 1), matches[:, :2])).unflatten(0, (batch, frames - 1))
         for over_time in self.over_time:
             x = over_time(x)
-        times = (torch.arange(1, frames, device=x.device) / frames)[:, None]
-        return Tokens(x, torch.cat([times, torch.full((frames - 1, 2), 0.5, device=x.device)], dim=1))
+        times = (torch.arange(1, frames, device="cpu") / frames)[:, None]
+        return Tokens(x, torch.cat([times, torch.full((frames - 1, 2), 0.5, device="cpu")], dim=1))
 
 
 def build(

@@ -56,7 +56,7 @@ class VJEPA2(nn.Module):
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""
         frames, _, height, width = clip.shape[1:]
-        positions = grid_positions(frames // TUBELET, height // PATCH, width // PATCH, clip.device)
+        positions = grid_positions(frames // TUBELET, height // PATCH, width // PATCH)
         return Tokens(self.encoder(clip).last_hidden_state, positions)
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ class CrossAttention(nn.Module):
 
     def _placed(self, name: str, tokens: Tokens) -> Float[Tensor, "B N D"]:
         values = self.project[name](without_padding(tokens).values)
-        return self.drop(values + encode_positions(tokens.positions, self.token_width).to(values.dtype))
+        return self.drop(values + encode_positions(tokens.positions, self.token_width, values.device).to(values.dtype))
 
 
 def build(

@@ -113,14 +113,15 @@ class GasmCast(nn.Module):
         windows = windows_along(tokens.positions, tokens.positions, "space")
         unit = F.normalize(tokens.values.detach().float(), dim=-1)
         alike = [unit[:, w.queries] @ unit[:, w.keys].mT >= self.similarity for w in windows]
-        return windows, [a | _selves(w) for a, w in zip(alike, windows, strict=True)]
+        return windows, [a | _selves(w).to(a.device) for a, w in zip(alike, windows, strict=True)]
 
     def _temporal(self, tokens: Tokens) -> tuple[Sequence[Window], Edges]:
         """Groups of tokens of equal place; edges between those that are near in time."""
         windows = windows_along(tokens.positions, tokens.positions, "time")
         segment = ranks(tokens.positions[:, 0])
         apart = [(segment[w.queries][:, :, None] - segment[w.keys][:, None]).abs() for w in windows]
-        return windows, [(a <= self.time_reach)[None] | _selves(w) for a, w in zip(apart, windows, strict=True)]
+        near = [(a <= self.time_reach)[None] | _selves(w) for a, w in zip(apart, windows, strict=True)]
+        return windows, [edges.to(tokens.values.device) for edges in near]
 
 
 def build(

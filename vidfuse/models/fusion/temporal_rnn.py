@@ -82,7 +82,7 @@ class TemporalRnn(nn.Module):
         feature = masked_mean(replace(times, values=read))
         if not return_attention:
             return Fused(feature, {})
-        by_token = (weights @ share)[:, _time_of(tokens.positions)]
+        by_token = (weights @ share)[:, ranks(tokens.positions[:, 0])]
         return Fused(feature, {f"time.{self.name}_to_{self.name}": by_token[:, None]})
 
     def _states(self, x: Float[Tensor, "B S D"], real: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B S F"]:
@@ -132,16 +132,10 @@ def build(
     return TemporalRnn(name, lstm, reader, dropout=dropout)
 
 
-def _time_of(positions: Float[Tensor, "N 3"]) -> Tensor:
-    """Which of the stream's different times each token is at; each at its own where positions have no values (meta device)."""
-    return torch.arange(len(positions), device="meta") if positions.is_meta else ranks(positions[:, 0])
-
-
 def _by_time(tokens: Tokens) -> tuple[Tokens, Float[Tensor, "B S N"]]:
     """Mean of the real tokens of each time in order (masked where there is none), and each token's share of it (float32)."""
-    at = _time_of(tokens.positions)
-    member = F.one_hot(at, len(at) if at.is_meta else int(at.max()) + 1).T.float()
-    share = member.expand(len(tokens.values), -1, -1)
+    member = F.one_hot(ranks(tokens.positions[:, 0])).T.float()
+    share = member.to(tokens.values.device).expand(len(tokens.values), -1, -1)
     if tokens.mask is not None:
         share = share * tokens.mask[:, None]
     count = share.sum(dim=-1, keepdim=True)
