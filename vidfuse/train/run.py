@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vidfuse.data.shards import DataError
 from vidfuse.evaluate.metrics import Scores, scores
 from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_digest
 from vidfuse.train import checkpoint
+from vidfuse.train.average import Average
 from vidfuse.train.clock import Clock
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
 from vidfuse.train.ledger import Ledger
@@ -70,6 +72,7 @@ class Run:
         split = feed.packed.manifest.splits[config.data.train_split]
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
+        self._average: Average | None = None
         with worker.latest_checkpoint() as found:
             self.engine, self.state = self._begin(found, facts.get("git_revision", "unknown"))
         self.ledger = Ledger.from_json(self._shards, self.state.ledger)
@@ -116,6 +119,8 @@ class Run:
         self._used = min(self._used + self.config.train.global_batch, self.feed.train_samples)
         self._errors.update(error for batch in micro_batches for error in batch.errors)
         self.state.step += 1
+        if self._average is not None:
+            self._average.update(self.engine, self.state.step)
         self._stop_agreed = self._result is not None and self._result.stop
         self._result = result
         if self.record is not None:
@@ -164,7 +169,8 @@ class Run:
         labels = self.feed.packed.indices[data.validation_split].label.astype(np.int64)
         self.engine.eval()
         batches = self.feed.score(data.validation_split, clips=1, crops=1, micro_batch=train.micro_batch)
-        scored = score(self.engine, batches, labels, classes=data.classes, views=1, device=self.worker.device)
+        with self._average.shown(self.engine) if self._average else nullcontext():
+            scored = score(self.engine, batches, labels, classes=data.classes, views=1, device=self.worker.device)
         self._scores = judged(scored, self.feed.packed.manifest.classes)
         top1 = self._scores.top1.value
         gained = self.state.best_top1 is None or top1 > self.state.best_top1
@@ -187,7 +193,9 @@ class Run:
         self.state.unreadable = sorted(astuple(error) for error in self._errors)
         validated = self._scores is not None and self._used == 0
         metrics = {"top1": self._scores.top1.value} if validated and self._scores else {}
-        self.worker.save(self.state.name, lambda folder: checkpoint.save(self.engine, folder, self.state), metrics)
+        self.worker.save(
+            self.state.name, lambda folder: checkpoint.save(self.engine, folder, self.state, self._average), metrics
+        )
         if self.record is not None:
             self.record.flush()
             self.worker.publish(self.record.folder)
@@ -232,13 +240,16 @@ class Run:
         tree = config.model_dump(mode="json")
         if found is None:
             fresh = checkpoint.State(tree, manifest, revision, frozen, world.size)
-            return build_engine(model, groups, config.train, world, self.worker.device), fresh
+            engine = build_engine(model, groups, config.train, world, self.worker.device)
+            self._average = Average.of(engine, config.train)
+            return engine, fresh
         state = checkpoint.read_state(found)
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
         elsewhere = state.world_size != world.size
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
         engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
-        checkpoint.restore(engine, found, shards)
+        self._average = Average.of(engine, config.train)
+        checkpoint.restore(engine, found, shards, self._average)
         checkpoint.discard(shards, found)
         state.world_size, state.config, state.git_revision = world.size, tree, revision
         return engine, state
