@@ -84,6 +84,9 @@ class DataConfig(Section):
     """`uniform`: one frame a TSN segment; `dense`: consecutive frames `stride` apart; `single`: one frame, repeated."""
     stride: int = Field(2, ge=1)
     """Distance of neighbouring frames under dense sampling, in frames."""
+    repeats: int = Field(1, ge=1)
+    """Clips of each training video in its micro batch, decoded once, with frames and crops of their own (repeated augmentation,
+    Hoffer et al. 2019, arXiv:1901.09335). Batches, steps and epochs count videos; memory and time grow with the clips."""
     crop_area: tuple[float, float] = (0.5, 1.0)
     """Smallest and largest share of the frame's area that a training crop takes."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
@@ -141,9 +144,9 @@ class TrainConfig(Section):
     epochs: int = Field(30, ge=1)
     """Passes over the training split."""
     global_batch: int = Field(64, ge=1)
-    """Samples of one optimizer step, all workers and accumulation together. Constant at every world size."""
+    """Videos of one optimizer step, all workers and accumulation together. Constant at every world size."""
     micro_batch: int = Field(8, ge=1)
-    """Samples of one forward pass of one worker."""
+    """Videos of one forward pass of one worker; each is `data.repeats` clips."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     final_learning_rate_share: float = Field(0.01, ge=0, le=1)

@@ -78,10 +78,12 @@ def test_scoring_sees_every_sample_once_with_all_its_views(packed, workers):
     assert np.array_equal(np.bincount(seen[seen >= 0], minlength=VALIDATION), np.full(VALIDATION, 6))
 
 
-def test_ray_gives_what_this_process_reads(packed):
-    here = list(feed_of(packed, 2, 1, decoder="pyav").train(0, feed_of(packed, 2, 1).order(0)))
-    feed = feed_of(packed, 2, 1)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_ray_gives_what_this_process_reads(packed, repeats):
+    here = list(feed_of(packed, 2, 1, decoder="pyav", repeats=repeats).train(0, feed_of(packed, 2, 1).order(0)))
+    feed = feed_of(packed, 2, 1, repeats=repeats)
     there = list(feed.train(0, feed.order(0)))
+    assert all(len(batch.samples) == 2 * repeats for step in there for batch in step)
     feed.close()
     for a, b in zip(here, there, strict=True):
         for x, y in zip(a, b, strict=True):

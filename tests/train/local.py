@@ -87,23 +87,24 @@ def packed(train: int = 21, validation: int = 10) -> PackedSet:
 
 
 def pull(reader: ClipReader, parts: Sequence[Part], rows: int) -> Iterator[Columns]:
-    """Clips that are a pure function of (epoch, sample), with the class in a moving pattern."""
+    """Clips that are a pure function of (epoch, sample, repeat), with the class in a moving pattern."""
     shape = (reader.data.frames, reader.data.size, reader.data.size, 3)
-    waiting: list[Any] = [(part.epoch, video) for part in parts for video in part.videos]
+    waiting: list[Any] = [(p.epoch, video, n) for p in parts for video in p.videos for n in range(reader.views(p.epoch))]
     for start in range(0, len(waiting), rows):
         some = waiting[start : start + rows]
         clips = np.zeros((len(some), *shape), np.uint8)
-        for row, (epoch, video) in enumerate(some):
+        for row, (epoch, video, repeat) in enumerate(some):
             if video is not None:
-                rng = generator(reader.seed, -1 if epoch is None else epoch, video.sample)
+                draw = (repeat,) if repeat else ()
+                rng = generator(reader.seed, -1 if epoch is None else epoch, video.sample, *draw)
                 texture = rng.integers(0, 255, shape[1:], np.uint8)
                 step = (video.label - 1.5) * 2
                 clips[row] = np.stack([np.roll(texture, int(step * t), axis=1) for t in range(shape[0])])
         yield {
             "clip": clips,
-            "label": np.array([v.label if v else -1 for _, v in some], np.int64),
-            "weight": np.array([v is not None for _, v in some], np.float32),
-            "sample": np.array([v.sample if v else -1 for _, v in some], np.int64),
+            "label": np.array([v.label if v else -1 for _, v, _ in some], np.int64),
+            "weight": np.array([v is not None for _, v, _ in some], np.float32),
+            "sample": np.array([v.sample if v else -1 for _, v, _ in some], np.int64),
             "error": np.full(len(some), "", object),
         }
 

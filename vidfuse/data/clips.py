@@ -1,8 +1,9 @@
 """Videos of shards to clips: what one reading task does.
 
 Comes in: a `Part` (which videos, for which epoch) and a file system. Goes out: columns of rows, a row being one view of one
-sample. Only the byte ranges of the wanted videos are read. A video that cannot be decoded gives rows of weight 0 and the
-reason; a file that cannot be read raises, since that is the storage's fault and not the video's.
+sample: in training one of its `data.repeats`, in testing one of its temporal and spatial views. Only the byte ranges of the
+wanted videos are read. A video that cannot be decoded gives rows of weight 0 and the reason; a file that cannot be read raises,
+since that is the storage's fault and not the video's.
 
 Axes: R rows (videos x views), T frames, H = W = size.
 """
@@ -28,7 +29,7 @@ from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
 FETCHES_AT_ONCE = 8
 """Byte ranges that a reading task asks of the storage at the same time."""
 CROPS, FRAMES = 1, 2
-"""Purposes that keep the draws of one sample apart."""
+"""Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -77,10 +78,13 @@ class ClipReader:
     crops: int = 1
     """Spatial views in testing."""
 
-    @property
-    def views(self) -> int:
-        """Rows of one video in testing (1 in training)."""
-        return self.clips * self.crops
+    def views(self, epoch: int | None) -> int:
+        """Rows of one video; `None`: in testing."""
+        return self.clips * self.crops if epoch is None else self.data.repeats
+
+    def rows(self, part: Part) -> int:
+        """Rows of a part."""
+        return len(part.videos) * self.views(part.epoch)
 
     @property
     def clip_bytes(self) -> int:
@@ -97,8 +101,7 @@ class ClipReader:
         Raises:
             OSError: the storage does not give the bytes, after its own retries.
         """
-        views = 1 if part.epoch is not None else self.views
-        rows, size = len(part.videos) * views, self.data.size
+        views, rows, size = self.views(part.epoch), self.rows(part), self.data.size
         out: Columns = {
             "clip": np.zeros((rows, self.data.frames, size, size, 3), np.uint8),
             "label": np.full(rows, -1, np.int64),
@@ -144,13 +147,17 @@ class ClipReader:
     def _views(self, video: Video, epoch: int | None) -> Iterator[tuple[npt.NDArray[np.int64], Box]]:
         data = self.data
         if epoch is not None:
-            rng = generator(self.seed, epoch, video.sample, FRAMES)
-            numbers = frame_numbers(video.frames, data.frames, sampling=data.sampling, stride=data.stride, rng=rng)
-            rng = generator(self.seed, epoch, video.sample, CROPS)
-            yield (
-                numbers,
-                random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=data.flip, rng=rng),
-            )
+            for repeat in range(data.repeats):
+                draw = (repeat,) if repeat else ()
+                rng = generator(self.seed, epoch, video.sample, FRAMES, *draw)
+                numbers = frame_numbers(video.frames, data.frames, sampling=data.sampling, stride=data.stride, rng=rng)
+                rng = generator(self.seed, epoch, video.sample, CROPS, *draw)
+                yield (
+                    numbers,
+                    random_box(
+                        video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=data.flip, rng=rng
+                    ),
+                )
             return
         for clip in range(self.clips):
             numbers = frame_numbers(

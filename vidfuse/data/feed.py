@@ -81,7 +81,7 @@ class Feed:
         """Every sample of a split once, as its views, shared out over the ranks; the same number of batches on each."""
         index = self.packed.indices[split]
         reader = self._reader(clips, crops)
-        per_part = self._videos_per_part(reader, micro_batch)
+        per_part = self._videos_per_part(reader, micro_batch, views=reader.views(None))
         world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
         mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
         parts = list(parts_of(index, mine, per_part, epoch=None))
@@ -95,28 +95,29 @@ class Feed:
 
     def _open(self, epoch: int, left: Samples) -> Generator[Batch, None, None]:
         reader = self._reader(1, 1)
-        micro = self.world.micro_batch
+        views = self.config.data.repeats
+        rows = self.world.micro_batch * views
         first = True
         while epoch < self.config.train.epochs:
             parts: list[Part] = []
             while epoch < self.config.train.epochs and (not parts or len(parts) < PARTS_AT_ONCE):
                 mine = rank_rows(left if first else self.order(epoch), self.world).reshape(-1)
-                per_part = self._videos_per_part(reader, micro)
+                per_part = self._videos_per_part(reader, rows, views=views)
                 parts += parts_of(self.packed.indices[self.config.data.train_split], mine, per_part, epoch=epoch)
                 first, epoch = False, epoch + 1
-            for columns in self._pull(reader, parts, micro):
+            for columns in self._pull(reader, parts, rows):
                 yield _batch(columns)
 
     def _reader(self, clips: int, crops: int) -> ClipReader:
         return ClipReader(self.packed.filesystem, self.packed.root, self.config.data, self.config.seed, clips, crops)
 
-    def _videos_per_part(self, reader: ClipReader, micro_batch: int) -> int:
+    def _videos_per_part(self, reader: ClipReader, batch_rows: int, *, views: int) -> int:
         """As many videos as a block holds, in whole micro batches; a worker's share of the buffer has room for several blocks."""
         data = self.config.data
         block = min(data.block_bytes, data.buffer_bytes // self.world.size // BLOCKS_AT_ONCE)
         rows = max(block // reader.clip_bytes, 1)
-        step = micro_batch // math.gcd(micro_batch, reader.views)
-        return max(rows // (step * reader.views), 1) * step
+        step = batch_rows // math.gcd(batch_rows, views)
+        return max(rows // (step * views), 1) * step
 
 
 def read_here(reader: ClipReader, parts: Sequence[Part], rows: int, *, threads: int = 2) -> Iterator[Columns]:

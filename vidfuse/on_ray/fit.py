@@ -115,12 +115,12 @@ def resources(config: Config) -> Resources:
 
 
 def _check_buffer(config: Config, workers: int) -> None:
-    data, rows = config.data, config.train.micro_batch
+    data, rows = config.data, config.train.micro_batch * config.data.repeats
     needed = workers * BLOCKS_AT_ONCE * rows * data.frames * data.size**2 * 3
     if needed > data.buffer_bytes:
         raise ConfigError(
             f"data.buffer_bytes: {data.buffer_bytes:,} is too little for {workers} workers with micro batches of {rows} clips of "
-            f"{data.frames} x {data.size} x {data.size}: at least {needed:,} are needed; raise it, or lower train.micro_batch"
+            f"{data.frames} x {data.size} x {data.size}: at least {needed:,} are needed; raise it, or lower train.micro_batch or data.repeats"
         )
 
 

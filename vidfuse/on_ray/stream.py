@@ -70,7 +70,7 @@ class ClipDatasource(Datasource):
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all decoded clips."""
-        return sum(self._rows(part) for part in self.parts) * self.reader.clip_bytes
+        return sum(self.reader.rows(part) for part in self.parts) * self.reader.clip_bytes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
@@ -81,11 +81,8 @@ class ClipDatasource(Datasource):
             for part in self.parts
         ]
 
-    def _rows(self, part: Part) -> int:
-        return len(part.videos) * (1 if part.epoch is not None else self.reader.views)
-
     def _metadata(self, part: Part) -> BlockMetadata:
-        rows = self._rows(part)
+        rows = self.reader.rows(part)
         return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.clip_bytes, input_files=None, exec_stats=None)
 
 
@@ -97,9 +94,7 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
         if not parts:
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        block = (
-            max(len(part.videos) for part in parts) * reader.clip_bytes * (1 if parts[0].epoch is not None else reader.views)
-        )
+        block = max(reader.rows(part) for part in parts) * reader.clip_bytes
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
             concurrency=min(max(share // (3 * block), 2), len(parts)),

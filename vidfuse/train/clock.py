@@ -41,7 +41,7 @@ class Clock:
         return time.monotonic() - self.started
 
     def speed(self, batch: int) -> dict[str, float]:
-        """`clips_per_second`, `data_wait_fraction` and `step_seconds` over all steps so far."""
+        """`clips_per_second`, `data_wait_fraction` and `step_seconds` over all steps so far, of `batch` clips each."""
         return _speed(self.wait_seconds, self.busy_seconds, self.steps, batch)
 
     def lap(self, batch: int) -> dict[str, float]:

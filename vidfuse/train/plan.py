@@ -84,12 +84,13 @@ def _words(part: Stream) -> str:
 
 def batch_lines(config: Config, sizes: range) -> list[str]:
     """How the global batch is made at each number of workers; one that cannot divide it says so."""
-    lines = []
+    lines, repeats = [], config.data.repeats
     for size in sizes:
         try:
             world = World(size, 0, config.train.global_batch, config.train.micro_batch)
+            clips = f" videos, {world.global_batch * repeats} clips" if repeats > 1 else ""
             lines.append(
-                f"{size} workers: micro batch {world.micro_batch} x accumulation {world.accumulation} x {size} = {world.global_batch}"
+                f"{size} workers: micro batch {world.micro_batch} x accumulation {world.accumulation} x {size} = {world.global_batch}{clips}"
             )
         except ValueError as error:
             lines.append(f"{size} workers: refused, {error}")
@@ -117,7 +118,7 @@ def memory(config: Config, model: Recognizer, workers: int) -> Memory:
     master = 0 if train.precision == "fp32" and train.zero_stage == 0 else 4
     average = 0 if train.ema_decay is None else 4
     data = config.data
-    clips = train.global_batch // workers * data.frames * data.size**2 * 3
+    clips = train.global_batch // workers * data.repeats * data.frames * data.size**2 * 3
     return Memory(
         parameters=int(total * width * sharded[3]),
         gradients=int(trained * (width + 4) * sharded[2]),
@@ -138,7 +139,8 @@ def activation_bytes(config: Config, model: Recognizer) -> int:
         model = model.to(torch.bfloat16)
     if config.train.activation_checkpointing:
         checkpoint_activations(model)
-    shape = (config.train.micro_batch, config.data.frames, 3, config.data.size, config.data.size)
+    rows = config.train.micro_batch * config.data.repeats
+    shape = (rows, config.data.frames, 3, config.data.size, config.data.size)
     clips = torch.empty(shape, dtype=torch.uint8, device="meta")
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -214,7 +214,7 @@ class Run:
             "precision": self.config.train.precision,
             "best_top1": self.state.best_top1,
             "seconds_total": round(self.clock.seconds, 2),
-            **self.clock.speed(self.config.train.global_batch),
+            **self.clock.speed(self._clips),
         }
         if self._scores is not None:
             values |= {"top1": self._scores.top1.value, "top5": self._scores.top5.value, "chance": self._scores.chance.best}
@@ -228,6 +228,11 @@ class Run:
         return self.ledger.epoch * self.feed.train_samples + self._used
 
     # How.
+
+    @property
+    def _clips(self) -> int:
+        """Clips of a step; a video counts `data.repeats` times."""
+        return self.config.train.global_batch * self.config.data.repeats
 
     def _begin(self, found: Path | None, revision: str) -> tuple[checkpoint.Engine, checkpoint.State]:
         """The engine and the state, fresh or from a checkpoint; shards of another world size are converted first."""
@@ -277,7 +282,7 @@ class Run:
                 epoch=self.ledger.epoch,
                 samples=self.samples,
                 **values,
-                **self.clock.lap(train.global_batch),
+                **self.clock.lap(self._clips),
             )
         if time.monotonic() - self._told >= PROGRESS_SECONDS:
             self._told = time.monotonic()
@@ -285,7 +290,7 @@ class Run:
 
     def _event(self, **values: float) -> dict[str, Any]:
         steps = self.epoch_steps * self.config.train.epochs
-        speed = self.clock.speed(self.config.train.global_batch)
+        speed = self.clock.speed(self._clips)
         done = self.clock.steps
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
