@@ -40,7 +40,7 @@ def model_of(config: Config) -> Recognizer:
     """The recogniser that a config describes, with fp32 weights on the current default device.
 
     Raises:
-        ValueError: a component, an option or weights that do not fit.
+        ValueError: a component, an option or weights that do not fit, or a stream that is to be trained later and cannot be.
     """
 
     def stream(part: Stream | None) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def model_of(config: Config) -> Recognizer:
         given = part.model_dump(include={"name", "frozen", "trained_blocks", "weights"})
         return given | {"options": part.options}
 
-    return build_recognizer(
+    model = build_recognizer(
         classes=config.data.classes,
         frames=config.data.frames,
         size=config.data.size,
@@ -59,6 +59,8 @@ def model_of(config: Config) -> Recognizer:
         head_dropout=config.model.head_dropout,
         seed=config.seed,
     )
+    model.check_hold(_first_epochs(config))
+    return model
 
 
 class Run:
