@@ -16,7 +16,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from vidfuse.models.layers import SAME_PLACE, Attention, encode_positions, ranks
 
@@ -115,6 +114,25 @@ def attend_in(
     return torch.cat(reads, dim=1)[:, order], weights
 
 
+class StochasticDepth(nn.Module):
+    """A residual branch that is left out for some clips in training, and scaled up for the others (arXiv:1603.09382).
+
+    Args:
+        rate: Share of clips.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The branch of clips that keep it, zeros for others."""
+        if not self.training or self.rate == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * (kept / (1 - self.rate)).to(branch.dtype)
+
+
 class BottleneckExchange(nn.Module):
     """Cross-attention of two streams inside a bottleneck: B-CAST (Lee et al. 2023, arXiv:2311.18825, figure 3).
 
@@ -157,7 +175,7 @@ class BottleneckExchange(nn.Module):
         self.down = nn.ModuleDict(down)
         self.attention = nn.ModuleDict({f"{a}_to_{b}": Attention(bottleneck, heads, dropout) for a, b in self.pairs})
         self.up = nn.ModuleDict({a: nn.Sequential(nn.GELU(), nn.Linear(bottleneck, widths[a])) for a, _ in self.pairs})
-        self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth, "row"))
+        self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
         for up in self.up.values():
             for parameter in cast(nn.Sequential, up)[1].parameters():
                 nn.init.zeros_(parameter)

@@ -138,7 +138,7 @@ def build(
     check_share("dropout", dropout)
     check_share("stochastic_depth", stochastic_depth)
     if layers < 1 or heads < 1 or every < 1:
-        raise ValueError(f"layers, every and heads are at least 1, given {layers=}, {every=}, {heads=}")
+        raise ValueError(f"layers >= 1, every >= 1 and heads >= 1 are needed, given {layers=}, {every=}, {heads=}")
     inner = math.ceil(max(widths.values()) / 2 / heads) * heads if bottleneck is None else bottleneck
     check_heads(inner, heads)
     if placement == "late":
