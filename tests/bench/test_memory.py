@@ -23,7 +23,7 @@ from vidfuse.presets import get
 from vidfuse.train.loss import cross_entropy
 from vidfuse.train.run import model_of
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 GOALS = {"ssv2_gasm_cast": 0.7, "ssv2_cast": 0.3}
 """Largest share of the plain step's saved bytes that may be left."""
 PAGE = resource.getpagesize()
