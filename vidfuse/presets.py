@@ -57,7 +57,7 @@ def demo() -> Config:
                 "fusion": {"name": "cross_attention", "width": 64, "heads": 4, "dropout": 0.0},
             },
             "train": {
-                "epochs": 6,
+                "epochs": 5,
                 "global_batch": 16,
                 "micro_batch": 8,
                 "learning_rate": 3e-3,
@@ -65,7 +65,7 @@ def demo() -> Config:
                 "precision": "bf16",
                 "zero_stage": 2,
                 "activation_checkpointing": True,
-                "validate_every_epochs": 6,
+                "validate_every_epochs": 5,
             },
             "cluster": {"workers": 2, "cpus_per_worker": 0.5},
             "run": {"name": "demo"},
