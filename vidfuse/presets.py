@@ -45,7 +45,7 @@ def demo() -> Config:
                 "classes": 14,
                 "frames": 8,
                 "size": 64,
-                "crop_area": (0.6, 1.0),
+                "crop_area": (0.85, 1.0),
                 "crop_aspect": (0.85, 1.1765),
                 "buffer_bytes": 256 * 2**20,
                 "block_bytes": 2 * 2**20,
