@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from transformers import TimesformerConfig, TimesformerModel
 
 from vidfuse.models import weights
 from vidfuse.models.layers import check_patch, frame_positions, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens
+from vidfuse.models.parts import Branches, Tokens
 
 Attention = Literal["divided", "joint", "space_only"]
 TYPES = {"divided": "divided_space_time", "joint": "joint_space_time", "space_only": "space_only"}
@@ -59,6 +59,13 @@ class TimeSformer(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(self.timesformer.encoder.layer)
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attentions and feed-forward part of each block; divided attention is two, over time and over the frame."""
+        layers = cast(Sequence[Any], self.blocks)
+        names = [name for name in ("temporal_attention", "attention") if hasattr(layers[0], name)]
+        return tuple(Branches({n: getattr(layer, n) for n in names}, (layer.intermediate, layer.output)) for layer in layers)
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """Class token and patches of the clip, or of each of its frames."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import VideoMAEConfig, VideoMAEModel
 
 from vidfuse.models import weights
 from vidfuse.models.layers import check_patch, check_tubelet, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens
+from vidfuse.models.parts import Branches, Tokens
 
 Variant = Literal["vits16", "vitb16", "vitl16"]
 Checkpoint = Literal["pretrain", "kinetics", "ssv2"]
@@ -67,6 +67,12 @@ class VideoMAE(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(self.videomae.encoder.layer)
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block; the latter's second half adds it to the tokens."""
+        layers = cast(Sequence[Any], self.blocks)
+        return tuple(Branches({"attention": layer.attention}, (layer.intermediate, layer.output)) for layer in layers)
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""

@@ -10,7 +10,7 @@ by transformers (`VJEPA2Model`), weights by the authors on the Hugging Face hub 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from vidfuse.models import weights
 from vidfuse.models.layers import check_patch, check_tubelet, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens
+from vidfuse.models.parts import Branches, Tokens
 
 Variant = Literal["vitl16", "vith16", "vitg16", "vitg16_384"]
 TUBELET, PATCH = 2, 16
@@ -52,6 +52,11 @@ class VJEPA2(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(self.encoder.layer)
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block."""
+        return tuple(Branches({"attention": layer.attention}, (layer.mlp,)) for layer in cast(Sequence[Any], self.blocks))
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""
