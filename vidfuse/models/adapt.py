@@ -108,7 +108,9 @@ def add_adapters(
     """
     bottleneck = int(width * ratio)
     if bottleneck < 1:
-        raise ValueError(f"adapters: ratio={ratio:g} of a width of {width} is a bottleneck of none; give {1 / width:.2g} or more")
+        raise ValueError(
+            f"adapters: ratio={ratio:g} of a width of {width} is a bottleneck of none; give {1 / width:.2g} or more"
+        )
     for block, branch in zip(blocks, branches, strict=True):
         after = branch.attentions if placement != "mlp" else {}
         names = [*after, *(["mlp"] if placement != "attention" else [])]

@@ -304,7 +304,9 @@ def _choose_trained(name: str, stream: nn.Module, spec: Mapping[str, Any], *, se
     if last is not None and last > len(blocks):
         raise ValueError(f"the {name} stream has {len(blocks)} blocks; trained_blocks {last} is too many")
     if frozen and (spec.get("options") or {}).get("stochastic_depth"):
-        raise ValueError(f"stochastic_depth acts on a stream that is trained itself, and the {name} stream is frozen: leave it out")
+        raise ValueError(
+            f"stochastic_depth acts on a stream that is trained itself, and the {name} stream is frozen: leave it out"
+        )
     if added and not frozen:
         raise ValueError(f"{' and '.join(added)} is for a frozen stream, and the {name} stream is trained itself")
     if added:
