@@ -45,23 +45,70 @@ class Component(Section):
         return dict(self.__pydantic_extra__)
 
 
+class Adapters(Section):
+    """Bottleneck adapters in the blocks of a vision transformer that itself stays as it is."""
+
+    ratio: float = Field(0.25, gt=0)
+    """Width of an adapter's bottleneck, as a share of the tokens' width."""
+    placement: Literal["attention", "mlp", "both"] = "both"
+    """`attention`: one after each attention of a block; `mlp`: one beside its feed-forward part; `both`: all of them."""
+    scale: float = Field(0.5, gt=0)
+    """Factor of what the adapter beside the feed-forward part adds."""
+
+
+class Lora(Section):
+    """Low-rank updates of linear layers in the blocks of a vision transformer that itself stays as it is."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of an update."""
+    alpha: int = Field(16, ge=1)
+    """Updates are multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of what an update is given, in training."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers of a block by the end of their names (`qkv`, `mlp.fc1`). `null`: those of its attentions."""
+
+
 class Stream(Component):
     """A backbone of `models/backbones/`, and how it is trained."""
 
     frozen: bool = True
-    """Whether the backbone's weights stay as they are (no gradients, no stored activations, evaluation mode)."""
+    """Whether the backbone's weights stay as they are (no gradients, no stored activations, evaluation mode). With adapters or
+    LoRA these are trained all the same, and gradients pass through the backbone to reach them."""
+    adapters: Adapters | None = None
+    """Bottleneck adapters that are trained in a frozen vision transformer. `null`: none."""
+    lora: Lora | None = None
+    """Low-rank updates that are trained in a frozen vision transformer; with adapters, too, if both are given. `null`: none."""
     train_from_epoch: int = Field(0, ge=0)
-    """Epoch from which a stream that is not frozen is trained; until then it runs as a frozen one."""
+    """Epoch from which a stream that is not frozen, or its adapters and LoRA, are trained; until then it runs as a frozen one."""
     trained_blocks: int | None = Field(None, ge=1)
-    """How many of its last blocks are trained, and nothing else of it, where it is not frozen. `null`: all of it."""
+    """How many of its last blocks are trained, and nothing else of it, where it is not frozen; how many of them have adapters
+    and LoRA, where it is. `null`: all."""
     weights: str | None = None
     """`None`: random from the seed; `pretrained`: the library's published weights; else a weights file (path or URL)."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """What is put into the backbone to be trained: `adapters`, `lora`, both or neither."""
+        return tuple(name for name in ("adapters", "lora") if getattr(self, name) is not None)
+
+    @property
+    def trained(self) -> bool:
+        """Whether any of it is: its own weights, or what is put into it."""
+        return not self.frozen or bool(self.added)
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> Stream:
         given = [name for name in ("train_from_epoch", "trained_blocks") if getattr(self, name)]
-        if self.frozen and given:
-            raise ValueError(f"{' and '.join(given)} is for a stream that is trained; frozen=false makes it one")
+        if given and not self.trained:
+            raise ValueError(
+                f"{' and '.join(given)} is for a stream that is trained; frozen=false makes it one, and so do adapters or lora"
+            )
+        if self.added and not self.frozen:
+            raise ValueError(
+                f"{' and '.join(self.added)} is trained in the place of the backbone's own weights: give frozen=true with it, "
+                f"or {'=null and '.join(self.added)}=null to train the backbone itself"
+            )
         return self
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vidfuse.models.parts import Tokens
+from vidfuse.models.parts import Branches, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,11 @@ class FrameViT(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(cast(nn.ModuleList, self.vit.blocks))
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block; LayerScale, where a model has it, comes after them."""
+        return tuple(Branches({"attn": block.attn}, (block.mlp,)) for block in cast(Sequence[Any], self.blocks))
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """Tokens frame by frame; in a frame the class token first, then patches row by row."""
@@ -474,6 +479,18 @@ def check_share(name: str, value: float) -> None:
     """
     if not 0 <= value < 1:
         raise ValueError(f"{name} is a share of at least 0 and below 1, given {value:g}")
+
+
+def drop_rates(highest: float, blocks: int) -> list[float]:
+    """Stochastic depth of each block: from none in the first to `highest` in the last, in equal steps.
+
+    Huang et al. 2016 (arXiv:1603.09382, section 3), from zero as in DeiT (Touvron et al. 2021, arXiv:2012.12877) and timm.
+
+    Raises:
+        ValueError: `highest` is no share.
+    """
+    check_share("stochastic_depth", highest)
+    return [highest * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
 def check_patch(size: int, patch: int) -> None:

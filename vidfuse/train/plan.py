@@ -79,7 +79,7 @@ PRESET_HEAD = (
 
 def _words(part: Stream) -> str:
     kind = part.options.get("variant")
-    return f"{part.name}{f' {kind}' if kind else ''}{'*' if part.frozen else ''}"
+    return " + ".join((f"{part.name}{f' {kind}' if kind else ''}{'*' if part.frozen else ''}", *part.added))
 
 
 def batch_lines(config: Config, sizes: range) -> list[str]:

@@ -46,7 +46,7 @@ def model_of(config: Config) -> Recognizer:
     def stream(part: Stream | None) -> dict[str, Any] | None:
         if part is None:
             return None
-        given = part.model_dump(include={"name", "frozen", "trained_blocks", "weights"})
+        given = part.model_dump(include={"name", "frozen", "trained_blocks", "weights", "adapters", "lora"})
         return given | {"options": part.options}
 
     return build_recognizer(
@@ -284,7 +284,7 @@ class Run:
 def _first_epochs(config: Config) -> dict[str, int]:
     """The streams that are trained from a later epoch than the first, and from which."""
     streams = {"semantic": config.model.semantic, "motion": config.model.motion}
-    return {name: s.train_from_epoch for name, s in streams.items() if s is not None and not s.frozen and s.train_from_epoch}
+    return {name: s.train_from_epoch for name, s in streams.items() if s is not None and s.trained and s.train_from_epoch}
 
 
 def judged(scored: Scored, classes: tuple[str, ...]) -> Scores:

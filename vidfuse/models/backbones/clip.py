@@ -17,7 +17,7 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FrameViT, check_patch
+from vidfuse.models.layers import FrameViT, check_patch, check_share
 
 Variant = Literal["vitb32", "vitb16", "vitl14", "vitl14_336"]
 NAMES = {
@@ -36,6 +36,7 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vitb16",
     tokens: Literal["all", "class", "patch"] = "all",
+    stochastic_depth: float = 0.0,
 ) -> FrameViT:
     """Build the backbone.
 
@@ -45,13 +46,21 @@ def build(
         pretrained: Fetch the published weights.
         variant: Size of the transformer and of its patches; `vitl14_336` was trained on after that at 336 pixels.
         tokens: Which tokens of a frame are given.
+        stochastic_depth: Share of frames that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: `size` is no multiple of the patch, or the weights cannot be fetched.
+        ValueError: `stochastic_depth` is no share, `size` is no multiple of the patch, or the weights cannot be fetched.
     """
     check_patch(size, int(variant[4:6]))
+    check_share("stochastic_depth", stochastic_depth)
     name, trained_at = NAMES[variant]
-    vit = timm.create_model(f"{name}_quickgelu_{trained_at}.openai", num_classes=0, global_pool="", dynamic_img_size=True)
+    vit = timm.create_model(
+        f"{name}_quickgelu_{trained_at}.openai",
+        num_classes=0,
+        global_pool="",
+        dynamic_img_size=True,
+        drop_path_rate=stochastic_depth,
+    )
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn)
     weights.load(backbone, weights.from_hub(f"timm/{name}_{trained_at}.openai") if pretrained else None)
     return backbone

@@ -15,7 +15,7 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FrameViT, check_patch
+from vidfuse.models.layers import FrameViT, check_patch, check_share
 
 Variant = Literal["vits14", "vits14reg", "vitb14", "vitb14reg", "vitl14", "vitl14reg", "vitg14", "vitg14reg"]
 SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
@@ -28,6 +28,7 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vits14",
     tokens: Literal["all", "class", "patch"] = "all",
+    stochastic_depth: float = 0.0,
 ) -> FrameViT:
     """Build the backbone.
 
@@ -37,13 +38,15 @@ def build(
         pretrained: Fetch the published weights.
         variant: Size of the transformer, with `reg` for four register tokens.
         tokens: Which tokens of a frame are given.
+        stochastic_depth: Share of frames that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: `size` is no multiple of 14, or the weights cannot be fetched.
+        ValueError: `stochastic_depth` is no share, `size` is no multiple of 14, or the weights cannot be fetched.
     """
     check_patch(size, 14)
+    check_share("stochastic_depth", stochastic_depth)
     name = f"vit_{SIZES[variant[3]]}_patch14_{'reg4_' if variant.endswith('reg') else ''}dinov2.lvd142m"
-    vit = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True)
+    vit = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True, drop_path_rate=stochastic_depth)
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn)
     weights.load(backbone, weights.from_hub(f"timm/{name}") if pretrained else None)
     return backbone

@@ -15,7 +15,7 @@ import timm
 from timm.models.eva import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FrameViT, check_patch
+from vidfuse.models.layers import FrameViT, check_patch, check_share
 
 Variant = Literal["vits16", "vits16plus", "vitb16", "vitl16", "vith16plus"]
 NAMES = {"vits16": "small", "vits16plus": "small_plus", "vitb16": "base", "vitl16": "large", "vith16plus": "huge_plus"}
@@ -32,6 +32,7 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vits16plus",
     tokens: Literal["all", "class", "patch"] = "all",
+    stochastic_depth: float = 0.0,
 ) -> FrameViT:
     """Build the backbone.
 
@@ -41,13 +42,17 @@ def build(
         pretrained: Fetch the published weights; the licence is logged.
         variant: Size of the transformer.
         tokens: Which tokens of a frame are given.
+        stochastic_depth: Share of frames that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: `size` is no multiple of 16, or the weights cannot be fetched.
+        ValueError: `stochastic_depth` is no share, `size` is no multiple of 16, or the weights cannot be fetched.
     """
     check_patch(size, 16)
+    check_share("stochastic_depth", stochastic_depth)
     name = f"vit_{NAMES[variant]}_patch16_dinov3.lvd1689m"
-    vit = timm.create_model(name, num_classes=0, global_pool="", img_size=size, dynamic_img_size=False)
+    vit = timm.create_model(
+        name, num_classes=0, global_pool="", img_size=size, dynamic_img_size=False, drop_path_rate=stochastic_depth
+    )
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn, licence=LICENCE)
     weights.load(backbone, weights.from_hub(f"timm/{name}") if pretrained else None)
     return backbone

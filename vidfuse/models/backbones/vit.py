@@ -16,7 +16,7 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FrameViT, check_patch
+from vidfuse.models.layers import FrameViT, check_patch, check_share
 
 Variant = Literal["vits16", "vitb16", "vitl16"]
 NAMES = {"vits16": "small", "vitb16": "base", "vitl16": "large"}
@@ -29,6 +29,7 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vits16",
     tokens: Literal["all", "class", "patch"] = "all",
+    stochastic_depth: float = 0.0,
 ) -> FrameViT:
     """Build the backbone.
 
@@ -38,13 +39,15 @@ def build(
         pretrained: Fetch the published ImageNet-21k weights.
         variant: Size of the transformer.
         tokens: Which tokens of a frame are given.
+        stochastic_depth: Share of frames that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: `size` is no multiple of 16, or the weights cannot be fetched.
+        ValueError: `stochastic_depth` is no share, `size` is no multiple of 16, or the weights cannot be fetched.
     """
     check_patch(size, 16)
+    check_share("stochastic_depth", stochastic_depth)
     name = f"vit_{NAMES[variant]}_patch16_224.augreg_in21k"
-    vit = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True)
+    vit = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True, drop_path_rate=stochastic_depth)
     backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn)
     weights.load(backbone, weights.from_hub(f"timm/{name}") if pretrained else None)
     return backbone
