@@ -300,8 +300,8 @@ def _torch_hub() -> Path:
 
 def _answer(url: str) -> Any:
     """The server's answer, to be read. The seconds are those that any single wait may take."""
-    import huggingface_hub as hub
+    from huggingface_hub.constants import is_offline_mode
 
-    if hub.constants.HF_HUB_OFFLINE:
+    if is_offline_mode():
         raise OSError("HF_HUB_OFFLINE is set")
     return urlopen(Request(url, headers={"User-Agent": "vidfuse"}), timeout=ANSWER_SECONDS)
