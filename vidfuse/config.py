@@ -85,7 +85,8 @@ class Stream(Component):
     """How many of its last blocks are trained, and nothing else of it, where it is not frozen; how many of them have adapters
     and LoRA, where it is. `null`: all."""
     weights: str | None = None
-    """`None`: random from the seed; `pretrained`: the library's published weights; else a weights file (path or URL)."""
+    """`null`: random from the seed; `pretrained`: the backbone's published weights; else a file: a path, an `s3://` or `https://` URL,
+    `hf:OWNER/REPOSITORY[/FILE]`, `timm:MODEL` or `torchvision:NAME`. `...#sha256=HEX` states its hash."""
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -174,6 +175,9 @@ class ModelConfig(Section):
     """Dropout before the classifier."""
     max_trainable_parameters: int | None = None
     """A larger model is refused. `null`: no limit."""
+    weights: str | None = None
+    """`model.safetensors` of another run's checkpoint (path or `s3://` URL; `...#sha256=HEX` states its hash) that the whole model
+    starts from. A head of another number of classes is made anew. A run that continues does not read it again. `null`: none."""
 
     @model_validator(mode="after")
     def _has_stream(self) -> ModelConfig:

@@ -221,7 +221,8 @@ def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...], *, said: str
     """A published state less the tensors of parts that are not here, which are counted in the log."""
     kept = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     if len(kept) < len(state):
-        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(prefixes))
+        found = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)]
+        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(found))
     return kept
 
 

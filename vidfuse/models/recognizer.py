@@ -142,7 +142,7 @@ def build_recognizer(
         frames: T of a clip.
         size: Height and width of a clip, in pixels.
         semantic: `{"name", "frozen", "trained_blocks", "weights", "options", "adapters", "lora"}` of the image stream; `weights` is
-            `None` (random), `"pretrained"` or a file (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of `adapters`
+            `None` (random), `"pretrained"`, a file or a published one (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of `adapters`
             and `lora` `adapt.extend`. `None`: no such stream.
         motion: The same of the video stream.
         fusion: `{"name", "options"}`.
@@ -189,6 +189,11 @@ def frozen_digest(model: Recognizer) -> dict[str, str]:
     """
     partly = {name for name, stream in model.streams.items() if not all(p.requires_grad for p in stream.parameters())}
     return {name: _digest(name, model.streams[name], buffers=name in model.frozen) for name in sorted(partly | model.frozen)}
+
+
+def stream_digest(model: Recognizer, name: str) -> str:
+    """SHA-256 of a whole stream, as `frozen_digest` has it of one that is frozen (and the same conditions)."""
+    return _digest(name, model.streams[name], buffers=True, whole=True)
 
 
 def trainable_state(model: Recognizer) -> dict[str, Tensor]:
@@ -259,10 +264,9 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 def _stream(part: str, spec: Mapping[str, Any], *, frames: int, size: int, seed: int) -> nn.Module:
     name, source, options = spec["name"], spec.get("weights"), dict(spec.get("options") or {})
     select.check_options("backbones", name, options)
-    on_meta = torch.get_default_device().type == "meta"
     pretrained = source == "pretrained"
     with _seeded(seed, part):
-        stream = select.build("backbones", name, frames=frames, size=size, pretrained=pretrained and not on_meta, **options)
+        stream = select.build("backbones", name, frames=frames, size=size, pretrained=pretrained, **options)
     weights.load(stream, None if pretrained else source)
     return stream
 
@@ -324,9 +328,9 @@ def _fix(stream: nn.Module, trained_blocks: int) -> None:
         parameter.requires_grad_(id(parameter) in wanted)
 
 
-def _digest(name: str, stream: nn.Module, *, buffers: bool) -> str:
+def _digest(name: str, stream: nn.Module, *, buffers: bool, whole: bool = False) -> str:
     parameters = dict(stream.named_parameters())
-    trained = {n for n, p in parameters.items() if p.requires_grad}
+    trained = {n for n, p in parameters.items() if p.requires_grad and not whole}
     sharded = {n for n, p in stream.named_parameters() if hasattr(p, "ds_numel")}  # ZeRO-3 has taken their values
     digest = hashlib.sha256()
     state = stream.state_dict()

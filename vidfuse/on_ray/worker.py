@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from vidfuse.config import RunConfig
 from vidfuse.on_ray.runs import RunFolder
+from vidfuse.on_ray.weights import local
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.worker import note_checkpoint
 
@@ -96,6 +97,10 @@ class RayWorker:
             raise CheckpointError(f"checkpoint {name} was not written: {error}; the one before is unharmed") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def local(self, source: str) -> str:
+        """See `Worker`."""
+        return local(source)
 
     def publish(self, folder: Path) -> None:
         """See `Worker`."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from vidfuse.config import Config, differences, from_mapping
 from vidfuse.models.recognizer import Recognizer, trainable_state
+from vidfuse.models.start import header
 from vidfuse.train.engine import Engine
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.worker import write_json
@@ -56,6 +57,8 @@ class State:
     ledger: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "used": {}})
     best_top1: float | None = None
     epochs_without_gain: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    """What was taken from `model.weights` (`models.start.Start`); empty: nothing."""
 
     @property
     def epoch(self) -> int:
@@ -79,7 +82,7 @@ def save(engine: Engine, folder: Path, state: State) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             engine.save_checkpoint(str(folder / ZERO), tag=TAG, exclude_frozen_parameters=True)
         if dist.get_rank() == 0:
-            save_file(tensors, folder / WEIGHTS)
+            save_file(tensors, folder / WEIGHTS, metadata=header(engine.module, state.frozen))
             write_json(folder / STATE, asdict(state))
     except RuntimeError as error:  # torch's and safetensors' words for a failed write
         raise OSError(str(error).splitlines()[0]) from error

@@ -6,7 +6,7 @@ Comes in: what `loop.run` was given. Goes out: the small verbs that the loop is 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import Samples, steps_of
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate.metrics import Scores, scores
+from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_digest
+from vidfuse.models.start import restart, start
 from vidfuse.train import checkpoint
 from vidfuse.train.clock import Clock
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
+from vidfuse.train.errors import ModelError
 from vidfuse.train.ledger import Ledger
 from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
@@ -36,8 +39,12 @@ PROGRESS_SECONDS = 0.5
 """Between two progress events."""
 
 
-def model_of(config: Config) -> Recognizer:
-    """The recogniser that a config describes, with fp32 weights on the current default device.
+def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
+    """The recogniser that a config describes, with fp32 weights on the current default device; `model.weights` is not read.
+
+    Args:
+        config: of the run.
+        local: makes a weights source one that this machine can read, as `Worker.local`.
 
     Raises:
         ValueError: a component, an option or weights that do not fit.
@@ -46,8 +53,8 @@ def model_of(config: Config) -> Recognizer:
     def stream(part: Stream | None) -> dict[str, Any] | None:
         if part is None:
             return None
-        given = part.model_dump(include={"name", "frozen", "trained_blocks", "weights", "adapters", "lora"})
-        return given | {"options": part.options}
+        given = part.model_dump(include={"name", "frozen", "trained_blocks", "adapters", "lora"})
+        return given | {"options": part.options, "weights": None if part.weights is None else local(part.weights)}
 
     return build_recognizer(
         classes=config.data.classes,
@@ -61,6 +68,33 @@ def model_of(config: Config) -> Recognizer:
     )
 
 
+def started(config: Config, local: Callable[[str], str] = str) -> tuple[Recognizer, dict[str, Any]]:
+    """The recogniser that a run begins with, and what it took from `model.weights` for its checkpoints (`State.start`).
+
+    Raises:
+        ValueError: as `model_of`, or `model.weights` do not fit.
+    """
+    model, source = model_of(config, local), config.model.weights
+    return model, {} if source is None else start(model, local(source)).to_json()
+
+
+def continued(config: Config, begun: Mapping[str, Any], local: Callable[[str], str] = str) -> Recognizer:
+    """The recogniser that a checkpoint's weights go into, with all that is not in the checkpoint.
+
+    Args:
+        config: of the run.
+        begun: the checkpoint's `State.start`.
+        local: as for `model_of`.
+
+    Raises:
+        ValueError: as `model_of`, or weights that the checkpoint needs cannot be had.
+    """
+    model = model_of(config, local)
+    if config.model.weights is not None and begun.get("fixed"):
+        restart(model, local(config.model.weights), begun)
+    return model
+
+
 class Run:
     """One rank's side of a run. A context: it lets the engine and the stream go at the end."""
 
@@ -71,7 +105,8 @@ class Run:
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
         with worker.latest_checkpoint() as found:
-            self.engine, self.state = self._begin(found, facts.get("git_revision", "unknown"))
+            self.engine, self.state, origins = self._begin(found, facts.get("git_revision", "unknown"))
+        facts = {**facts, **origins}
         self.ledger = Ledger.from_json(self._shards, self.state.ledger)
         self._used = int(self.ledger.used.sum())
         self._errors = {SampleError(*error) for error in self.state.unreadable}
@@ -221,19 +256,23 @@ class Run:
 
     # How.
 
-    def _begin(self, found: Path | None, revision: str) -> tuple[checkpoint.Engine, checkpoint.State]:
-        """The engine and the state, fresh or from a checkpoint; shards of another world size are converted first."""
+    def _begin(self, found: Path | None, revision: str) -> tuple[checkpoint.Engine, checkpoint.State, dict[str, str]]:
+        """The engine and the state, fresh or from a checkpoint, and where the weights are from.
+
+        Shards of another world size are converted first.
+        """
         config, world = self.config, self.feed.world
         manifest = self.feed.packed.manifest.plan
-        model = model_of(config)
+        state = None if found is None else checkpoint.read_state(found)
+        model, begun = self._model(state)
+        origins = _origins(config, model, begun)
         groups = parameter_groups(model, layer_decay=config.train.layer_decay, late=_first_epochs(config))
         self._groups = tuple(groups)
         frozen = frozen_digest(model)
         tree = config.model_dump(mode="json")
-        if found is None:
-            fresh = checkpoint.State(tree, manifest, revision, frozen, world.size)
-            return build_engine(model, groups, config.train, world, self.worker.device), fresh
-        state = checkpoint.read_state(found)
+        if found is None or state is None:
+            fresh = checkpoint.State(tree, manifest, revision, frozen, world.size, start=begun)
+            return build_engine(model, groups, config.train, world, self.worker.device), fresh, origins
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
         elsewhere = state.world_size != world.size
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
@@ -241,7 +280,15 @@ class Run:
         checkpoint.restore(engine, found, shards)
         checkpoint.discard(shards, found)
         state.world_size, state.config, state.git_revision = world.size, tree, revision
-        return engine, state
+        return engine, state, origins
+
+    def _model(self, state: checkpoint.State | None) -> tuple[Recognizer, dict[str, Any]]:
+        try:
+            if state is None:
+                return started(self.config, self.worker.local)
+            return continued(self.config, state.start, self.worker.local), state.start
+        except ValueError as error:
+            raise ModelError(f"model: {error}") from error
 
     def _merge(self) -> None:
         """Have every rank know what all ranks used and could not read."""
@@ -279,6 +326,18 @@ class Run:
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
         return {**place, **values, **speed, "eta_seconds": eta}
+
+
+def _origins(config: Config, model: Recognizer, begun: Mapping[str, Any]) -> dict[str, str]:
+    """Where the weights of each part are from, for the records."""
+    streams = {"semantic": config.model.semantic, "motion": config.model.motion}
+    loaded = {name: weights.loaded(module) for name, module in model.streams.items()}
+    found = {
+        f"weights of {name}": f"{part.weights} ({of.said}), sha256 {of.sha256}"
+        for name, part in streams.items()
+        if part is not None and (of := loaded.get(name)) is not None
+    }
+    return found | ({"weights of the model": f"{config.model.weights}, sha256 {begun['sha256']}"} if begun else {})
 
 
 def _first_epochs(config: Config) -> dict[str, int]:

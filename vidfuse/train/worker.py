@@ -49,6 +49,14 @@ class Worker(Protocol):
         """
         ...
 
+    def local(self, source: str) -> str:
+        """A weights source of the config as this machine can read it: objects on storage become local files.
+
+        Raises:
+            ValueError: it cannot be had.
+        """
+        ...
+
     def publish(self, folder: Path) -> None:
         """Put the files of a folder into the run's folder on its storage (rank 0 alone calls it)."""
         ...
@@ -104,6 +112,10 @@ class LocalWorker:
         if self.rank == 0:
             self._keep(name, part, metrics)
         dist.barrier()
+
+    def local(self, source: str) -> str:
+        """See `Worker`; paths and published files are all it reads."""
+        return source
 
     def publish(self, folder: Path) -> None:
         """See `Worker`."""
