@@ -142,8 +142,8 @@ def build_recognizer(
         frames: T of a clip.
         size: Height and width of a clip, in pixels.
         semantic: `{"name", "frozen", "trained_blocks", "weights", "options", "adapters", "lora"}` of the image stream; `weights` is
-            `None` (random), `"pretrained"`, a file or a published one (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of `adapters`
-            and `lora` `adapt.extend`. `None`: no such stream.
+            `None` (random), `"pretrained"`, a file or a published one (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of
+            `adapters` and `lora` `adapt.extend`. `None`: no such stream.
         motion: The same of the video stream.
         fusion: `{"name", "options"}`.
         head_dropout: Dropout before the classifier.
