@@ -190,6 +190,7 @@ def _train(made):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_runs_on_a_cluster_start_from_objects_are_scored_and_say_what_they_lack(s3, ray_cluster, put, tmp_path):
     """A run from a stream's weights on storage, one from the first one's export with its trained stream frozen, and its scores."""
     data = s3.url("set")
