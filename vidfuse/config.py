@@ -206,8 +206,8 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moment estimates."""
     layer_decay: float | None = Field(None, gt=0, le=1)
-    """Learning rate of a trained backbone's block, as a share of the next one's; the last block's as a share of the head's.
-    `null`: all are equal."""
+    """Learning rate of a trained backbone's block, as a share of the next one's; the last block's as a share of the head's. The
+    same of exchanges between blocks. `null`: all are equal."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the global gradient. `null`: no clipping."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)

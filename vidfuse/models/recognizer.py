@@ -8,7 +8,7 @@ it (parts and their sizes, what is trained, the frozen streams' digest) and how 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vidfuse.models import adapt, select, weights
+from vidfuse.models import adapt, lockstep, select, weights
 from vidfuse.models.layers import Normalize, check_share
-from vidfuse.models.parts import Backbone, Fused, Fusion, Tokens
+from vidfuse.models.parts import Backbone, Fused, Fusion, Interleaved, Stepwise, Tokens
 from vidfuse.models.precision import bfloat16_arithmetic
 
 
@@ -52,6 +52,9 @@ class Recognizer(nn.Module):
 
     Frozen streams that were given adapters or LoRA are `adapted`: these parts of them are trained, and gradients pass through the
     rest. `held` streams are trained later: for now they run as frozen ones do (see `hold`).
+
+    With an `Interleaved` fusion the streams run in step, exchanges between their blocks. Then gradients pass through frozen streams,
+    to what was exchanged earlier, and their blocks are among those that recompute their activations.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Recognizer(nn.Module):
         self.frozen = frozenset(frozen)
         self.held: frozenset[str] = frozenset()
         self.adapted = frozenset(name for name in self.frozen if adapt.added(streams[name]))
+        self.interleaved = isinstance(fusion, Interleaved)
+        self.recomputes_steps = False
         for name in self.frozen:
             self.streams[name].requires_grad_(False)
         for part in self._added(self.adapted):
@@ -83,10 +88,10 @@ class Recognizer(nn.Module):
         Arithmetic is that of the parameters' dtype (an engine may have cast them), or autocast's.
         """
         with bfloat16_arithmetic(clips):
-            streams = {name: self._tokens(name, clips) for name in self.streams}
+            streams, exchanged = self._tokens_of_all(clips, return_attention)
             fused: Fused = self.fusion(streams, return_attention=return_attention)
             logits = self.head(fused.feature).float()
-        return (logits, fused.attention) if return_attention else logits
+        return (logits, {**exchanged, **fused.attention}) if return_attention else logits
 
     def train(self, mode: bool = True) -> Recognizer:
         """Set training mode, except for frozen and held streams; of adapted ones for what was added."""
@@ -97,10 +102,43 @@ class Recognizer(nn.Module):
             part.train(mode)
         return self
 
+    def check_hold(self, names: Collection[str]) -> None:
+        """Refuse streams that are to wait and cannot.
+
+        Raises:
+            ValueError: streams run in step, so that gradients pass through them.
+        """
+        if names and self.interleaved:
+            raise ValueError(
+                f"{' and '.join(sorted(names))} cannot wait for a later epoch (train_from_epoch) where the fusion exchanges between "
+                "blocks: gradients pass through both streams from the start; train from epoch 0, or freeze"
+            )
+
     def hold(self, names: Collection[str]) -> None:
-        """Have these streams, and no others, wait: until the next call they run without gradients, in evaluation mode."""
+        """Have these streams, and no others, wait: until the next call they run without gradients, in evaluation mode.
+
+        Raises:
+            ValueError: they cannot (see `check_hold`).
+        """
+        self.check_hold(names)
         self.held = frozenset(names)
         self.train(self.training)
+
+    def _tokens_of_all(self, clips: Tensor, return_attention: bool) -> tuple[dict[str, Tokens], Mapping[str, Tensor]]:
+        """Tokens of each stream, and attention that was paid on the way."""
+        if not self.interleaved:
+            return {name: self._tokens(name, clips) for name in self.streams}, {}
+        streams, exchanges = _in_step(self)
+        inputs = {name: self.normalize[name](clips, _dtype(self.streams[name])) for name in streams}
+        tokens, seen = lockstep.run_in_step(streams, inputs, exchanges, run=self._step, return_attention=return_attention)
+        dtype = _dtype(self.fusion, self.head)
+        return {name: replace(t, values=t.values.to(dtype)) for name, t in tokens.items()}, seen
+
+    def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A step of streams that run in step, computed again in backward if so wished."""
+        if not (self.recomputes_steps and self.training and torch.is_grad_enabled()):
+            return step(*args, **kwargs)
+        return checkpoint(_as_in_forward(step), *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
 
     def _tokens(self, name: str, clips: Tensor) -> Tokens:
         stream = self.streams[name]
@@ -163,7 +201,7 @@ def build_recognizer(
     options = dict(fusion.get("options") or {})
     select.check_options("fusion", fusion["name"], options)
     with _seeded(seed, "fusion"):
-        fused = select.build("fusion", fusion["name"], widths=widths, **options)
+        fused = select.build("fusion", fusion["name"], widths=widths, streams=streams, **options)
     with _seeded(seed, "head"):
         head = LinearHead(cast(Fusion, fused).width, classes, head_dropout)
     return Recognizer(streams, fused, head, frozen=[name for name, spec in wanted.items() if spec.get("frozen", True)])
@@ -213,13 +251,23 @@ def checkpoint_activations(model: Recognizer) -> int:
     Modules and parameters keep their names. Non-reentrant, with the random state kept, so that losses and gradients are those
     of the plain model; only in training mode with gradients enabled. Running statistics of batch norm are updated once, in
     forward. Calling it again changes nothing.
+
+    Of streams that run in step these are the steps, frozen streams' too: a block, or two with the exchange between their halves.
     """
+    if model.interleaved:
+        model.recomputes_steps = True
+        return lockstep.steps(*_in_step(model))
     parts = [stream for name, stream in model.streams.items() if name not in model.frozen - model.adapted] + [model.fusion]
     blocks = [block for part in parts for block in cast(Backbone | Fusion, part).blocks]
     for block in blocks:
         if getattr(block.forward, "func", None) is not _recompute:
             block.forward = partial(_recompute, block, block.forward)
     return len(blocks)
+
+
+def _in_step(model: Recognizer) -> tuple[dict[str, Stepwise], Mapping[int, nn.Module]]:
+    streams = {name: cast(Stepwise, stream) for name, stream in model.streams.items()}
+    return streams, cast(Interleaved, model.fusion).exchanges
 
 
 def _recompute(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

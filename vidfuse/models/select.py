@@ -21,7 +21,7 @@ Room = Literal["backbones", "fusion"]
 
 GIVEN: Mapping[str, frozenset[str]] = {
     "backbones": frozenset({"frames", "size", "pretrained"}),
-    "fusion": frozenset({"widths"}),
+    "fusion": frozenset({"widths", "streams"}),
 }
 """Parameters of `build` that the recogniser gives itself; they are not options."""
 
@@ -75,8 +75,8 @@ def build(room: Room, name: str, **given: Any) -> nn.Module:
     Args:
         room: `backbones` or `fusion`.
         name: File name in the room, without `.py`.
-        given: What the recogniser gives (`frames`, `size`, `pretrained`; `widths`) and the component's options. A backbone
-            without published weights has no parameter `pretrained`.
+        given: What the recogniser gives (`frames`, `size`, `pretrained`; `widths`, `streams`) and the component's options. A
+            backbone without published weights has no parameter `pretrained`, a fusion that takes any backbones none for `streams`.
 
     Raises:
         ValueError: unknown name or option, an option that is missing or of the wrong type, or one the component refuses.
@@ -91,6 +91,8 @@ def build(room: Room, name: str, **given: Any) -> nn.Module:
     build_it = builder(room, name)
     if "pretrained" in given and "pretrained" not in inspect.signature(build_it).parameters and given.pop("pretrained"):
         raise ValueError(f"{room} {name} has no published weights; its weights are null (random) or a file")
+    if "streams" not in inspect.signature(build_it).parameters:
+        given.pop("streams", None)
     return build_it(**given)
 
 

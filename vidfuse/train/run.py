@@ -47,7 +47,7 @@ def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
         local: makes a weights source one that this machine can read, as `Worker.local`.
 
     Raises:
-        ValueError: a component, an option or weights that do not fit.
+        ValueError: a component, an option or weights that do not fit, or a stream that is to be trained later and cannot be.
     """
 
     def stream(part: Stream | None) -> dict[str, Any] | None:
@@ -56,7 +56,7 @@ def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
         given = part.model_dump(include={"name", "frozen", "trained_blocks", "adapters", "lora"})
         return given | {"options": part.options, "weights": None if part.weights is None else local(part.weights)}
 
-    return build_recognizer(
+    model = build_recognizer(
         classes=config.data.classes,
         frames=config.data.frames,
         size=config.data.size,
@@ -66,6 +66,8 @@ def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
         head_dropout=config.model.head_dropout,
         seed=config.seed,
     )
+    model.check_hold(_first_epochs(config))
+    return model
 
 
 def started(config: Config, local: Callable[[str], str] = str) -> tuple[Recognizer, dict[str, Any]]:

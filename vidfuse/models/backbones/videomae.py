@@ -21,7 +21,7 @@ from transformers import VideoMAEConfig, VideoMAEModel
 
 from vidfuse.models import weights
 from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Branches, Tokens
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vits16", "vitb16", "vitl16"]
 Checkpoint = Literal["pretrain", "kinetics", "ssv2"]
@@ -54,6 +54,7 @@ class VideoMAE(nn.Module):
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     licence = LICENCE
+    patches_count = True
 
     def __init__(self, videomae: VideoMAEModel, *, later: Sequence[int] = ()) -> None:
         super().__init__()
@@ -75,11 +76,23 @@ class VideoMAE(nn.Module):
         layers = cast(Sequence[Any], self.blocks)
         return tuple(Branches({"attention": layer.attention}, (layer.intermediate, layer.output)) for layer in layers)
 
+    @property
+    def halfway(self) -> Sequence[nn.Module]:
+        """The attention of each block."""
+        return tuple(layer.attention for layer in cast(Sequence[Any], self.blocks))
+
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""
-        frames, _, height, width = clip.shape[1:]
-        positions = grid_positions(frames // TUBELET, height // PATCH, width // PATCH)
-        return Tokens(self.videomae(clip).last_hidden_state, positions)
+        return Tokens(self.videomae(clip).last_hidden_state, grid_positions(*_grid(clip)))
+
+    def begin(self, clip: Float[Tensor, "B T C H W"]) -> Underway:
+        """Tokens before the first block."""
+        return Underway(self.videomae.embeddings(clip, None), _grid(clip))
+
+    def end(self, underway: Underway) -> Tokens:
+        """Tokens as of a call, of values after the last block."""
+        norm = self.videomae.layernorm
+        return Tokens(underway.values if norm is None else norm(underway.values), grid_positions(*underway.grid))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of a hub's file without decoder, classifier and the blocks that are not here.
@@ -96,6 +109,11 @@ class VideoMAE(nn.Module):
                 f"for this file give the option checkpoint={fitting}"
             )
         return kept
+
+
+def _grid(clip: Float[Tensor, "B T C H W"]) -> tuple[int, int, int]:
+    frames, _, height, width = clip.shape[1:]
+    return frames // TUBELET, height // PATCH, width // PATCH
 
 
 def _own_name(key: str) -> str:

@@ -19,7 +19,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from vidfuse.models import weights
 from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Branches, Tokens
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vitl16", "vith16", "vitg16", "vitg16_384"]
 TUBELET, PATCH = 2, 16
@@ -42,6 +42,7 @@ class VJEPA2(nn.Module):
     """
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    patches_count = True
 
     def __init__(self, model: VJEPA2Model, *, later: Sequence[int] = ()) -> None:
         super().__init__()
@@ -59,16 +60,32 @@ class VJEPA2(nn.Module):
         """Attention and feed-forward part of each block."""
         return tuple(Branches({"attention": layer.attention}, (layer.mlp,)) for layer in cast(Sequence[Any], self.blocks))
 
+    @property
+    def halfway(self) -> Sequence[nn.Module]:
+        """Of each block its stochastic depth, or nothing, which is called for attention's branch first."""
+        return tuple(layer.drop_path for layer in cast(Sequence[Any], self.blocks))
+
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""
-        frames, _, height, width = clip.shape[1:]
-        positions = grid_positions(frames // TUBELET, height // PATCH, width // PATCH)
-        return Tokens(self.encoder(clip).last_hidden_state, positions)
+        return Tokens(self.encoder(clip).last_hidden_state, grid_positions(*_grid(clip)))
+
+    def begin(self, clip: Float[Tensor, "B T C H W"]) -> Underway:
+        """Tokens before the first block."""
+        return Underway(self.encoder.embeddings(clip), _grid(clip))
+
+    def end(self, underway: Underway) -> Tokens:
+        """Tokens as of a call, of values after the last block."""
+        return Tokens(self.encoder.layernorm(underway.values), grid_positions(*underway.grid))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of a hub's file without predictor, pooler, classifier and the blocks that are not here."""
         named = {key.removeprefix("vjepa2."): value for key, value in state.items()}
         return without(named, ("predictor.", "pooler.", "classifier.", *self._later), said="vjepa2")
+
+
+def _grid(clip: Float[Tensor, "B T C H W"]) -> tuple[int, int, int]:
+    frames, _, height, width = clip.shape[1:]
+    return frames // TUBELET, height // PATCH, width // PATCH
 
 
 def build(
