@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -30,8 +30,8 @@ from vidfuse.models.recognizer import Recognizer
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
-from vidfuse.on_ray.worker import SCORE, Monitor, RayWorker
-from vidfuse.train.checkpoint import check_matches
+from vidfuse.on_ray.worker import Monitor, RayWorker
+from vidfuse.train.checkpoint import STATE, check_matches
 from vidfuse.train.errors import CheckpointError, RunError
 from vidfuse.train.loop import run
 from vidfuse.train.run import model_of
@@ -137,10 +137,10 @@ def check(config: Config) -> PackedSet:
     check_storage(config.run.storage, write=True)
     check_model(config)
     folder = RunFolder.of(config.run)
-    last = folder.checkpoints()["last"]
+    last, _ = folder.choose("last", (STATE,))
     if last is not None:
         state = folder.state(last)
-        check_matches(state, config, manifest=packed.manifest.plan, frozen=state.frozen)
+        check_matches(state, config, manifest=packed.manifest, frozen=state.frozen)
     return packed
 
 
@@ -223,7 +223,6 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
         ),
     }
 
