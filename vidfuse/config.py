@@ -17,6 +17,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+HARMLESS = (
+    "data.url",
+    "data.buffer_bytes",
+    "data.prefetch_batches",
+    "data.block_bytes",
+    "data.cpus_per_task",
+    "data.unreadable_limit",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_every_samples",
+    "train.checkpoint_every_minutes",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+)
+"""Fields that do not alter a run's numbers: they may be others when it continues."""
+
 Option = bool | int | float | str | None | tuple[int | float | str, ...]
 
 
@@ -223,7 +238,14 @@ class TrainConfig(Section):
     early_stopping_epochs: int | None = Field(None, ge=1)
     """Epochs without a better validation top-1 after which training ends. `null`: never."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints inside an epoch. `null`: only after validations."""
+    """Optimizer steps between checkpoints, besides those after validations. `null`: not by steps."""
+    checkpoint_every_samples: int | None = Field(None, ge=1)
+    """Samples between checkpoints, besides those after validations. `null`: not by samples."""
+    checkpoint_every_minutes: float | None = Field(None, gt=0)
+    """Minutes between checkpoints, besides those after validations. `null`: not by time."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay on the storage; the one with the best validation top-1 stays besides. With 1 there
+    is none to go back to if it is damaged."""
     log_every_steps: int = Field(10, ge=1)
     """Optimizer steps between lines of metrics.jsonl (and TensorBoard points)."""
 
@@ -303,8 +325,9 @@ class Config(Section):
     def digest(self) -> str:
         """Hash of what decides the numbers of a run (storage, name, cluster and evaluation do not)."""
         part = self.model_dump(mode="json", include={"seed", "data", "model", "train"})
-        for harmless in ("url", "buffer_bytes", "prefetch_batches", "block_bytes", "cpus_per_task", "unreadable_limit"):
-            part["data"].pop(harmless)
+        for path in HARMLESS:
+            section, _, field = path.partition(".")
+            part[section].pop(field)
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -32,8 +32,8 @@ from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.weights import local
-from vidfuse.on_ray.worker import SCORE, Monitor, RayWorker
-from vidfuse.train.checkpoint import State, check_matches
+from vidfuse.on_ray.worker import Monitor, RayWorker
+from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import run
 from vidfuse.train.run import continued, started
@@ -138,11 +138,11 @@ def check(config: Config) -> PackedSet:
     packed = open_set(config)
     check_storage(config.run.storage, write=True)
     folder = RunFolder.of(config.run)
-    last = folder.checkpoints()["last"]
+    last, _ = folder.choose("last", (STATE,))
     state = None if last is None else folder.state(last)
     check_reachable(check_model(config, state))
     if state is not None:
-        check_matches(state, config, manifest=packed.manifest.plan, frozen=state.frozen)
+        check_matches(state, config, manifest=packed.manifest, frozen=state.frozen)
     return packed
 
 
@@ -246,7 +246,6 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
         ),
     }
 

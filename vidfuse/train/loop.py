@@ -57,6 +57,8 @@ def run(config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapp
             if training.validation_due(epoch):
                 training.validate()
                 training.save()
+            elif training.checkpoint_due():
+                training.save()
             if training.gains_no_more():
                 return Result("stopped_early", training.finish("stopped_early"))
         return Result("finished", training.finish("finished"))

@@ -5,9 +5,10 @@ Comes in: what `loop.run` was given. Goes out: the small verbs that the loop is 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,21 @@ from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_diges
 from vidfuse.models.start import restart, start
 from vidfuse.train import checkpoint
 from vidfuse.train.clock import Clock
+from vidfuse.train.due import Due
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
-from vidfuse.train.errors import ModelError
+from vidfuse.train.errors import CheckpointError, ModelError
 from vidfuse.train.ledger import Ledger
 from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
+from vidfuse.train.shelf import Found
 from vidfuse.train.step import StepResult
 from vidfuse.train.validate import Scored, score
 from vidfuse.train.worker import Worker
 
 PROGRESS_SECONDS = 0.5
 """Between two progress events."""
+SETTLE_SECONDS = 60.0
+"""How long a run that ends by a fault waits for the checkpoint that is being stored."""
 
 
 def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
@@ -107,22 +112,28 @@ class Run:
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
         with worker.latest_checkpoint() as found:
-            self.engine, self.state, origins = self._begin(found, facts.get("git_revision", "unknown"))
+            self.engine, self.state, origins = self._begin(found.folder, facts.get("git_revision", "unknown"))
         facts = {**facts, **origins}
-        self.ledger = Ledger.from_json(self._shards, self.state.ledger)
+        self.ledger = self._ledger(found)
         self._used = int(self.ledger.used.sum())
         self._errors = {SampleError(*error) for error in self.state.unreadable}
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
         self.clock = Clock()
         self._told = 0.0
         self._scores: Scores | None = None
+        self._scored_step = -1
         self._result: StepResult | None = None
         self._stop_agreed = False
+        self._due = Due(config.train, samples=self.samples)
+        if self.record is not None and found.damaged:
+            self._tell_of_damage(found)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(CheckpointError):  # the run ended by another fault, which is the one to tell
+            self.worker.settle(at_most_seconds=SETTLE_SECONDS)
         self.feed.close()
         self.engine.destroy()
 
@@ -145,7 +156,8 @@ class Run:
         rate = learning_rate(self.config.train, self.samples, self.feed.train_samples)
         held = self.engine.module.held
         set_learning_rates(self.engine, [0.0 if g.stream in held else rate * g.share for g in self._groups])
-        return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop()}
+        save = self.worker.rank == 0 and self._due.asks()
+        return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop(), "save": save}
 
     def after_step(self, micro_batches: tuple[Batch, ...], result: StepResult) -> None:
         """Note what was used, and tell people now and then."""
@@ -154,6 +166,7 @@ class Run:
         self._errors.update(error for batch in micro_batches for error in batch.errors)
         self.state.step += 1
         self._stop_agreed = self._result is not None and self._result.stop
+        self._due.passed(self.state.step, self.samples, asked=self._result is not None and self._result.save)
         self._result = result
         if self.record is not None:
             self._tell(result)
@@ -163,9 +176,8 @@ class Run:
         return self._stop_agreed
 
     def checkpoint_due(self) -> bool:
-        """Whether a checkpoint inside the epoch is due (the end of an epoch has its own)."""
-        every = self.config.train.checkpoint_every_steps
-        return every is not None and self.state.step % every == 0 and self._used < self.feed.train_samples
+        """Whether a checkpoint is due; one that falls on the last step of an epoch is due when the epoch has ended."""
+        return self._due.now and self._used < self.feed.train_samples
 
     # What the loop asks at the end of an epoch.
 
@@ -202,7 +214,7 @@ class Run:
         self.engine.eval()
         batches = self.feed.score(data.validation_split, clips=1, crops=1, micro_batch=train.micro_batch)
         scored = score(self.engine, batches, labels, classes=data.classes, views=1, device=self.worker.device)
-        self._scores = judged(scored, self.feed.packed.manifest.classes)
+        self._scores, self._scored_step = judged(scored, self.feed.packed.manifest.classes), self.state.step
         top1 = self._scores.top1.value
         gained = self.state.best_top1 is None or top1 > self.state.best_top1
         self.state.best_top1 = top1 if gained else self.state.best_top1
@@ -218,19 +230,29 @@ class Run:
         return limit is not None and self.state.epochs_without_gain >= limit
 
     def save(self) -> None:
-        """Write a checkpoint, then have the records on the storage too."""
+        """Write a checkpoint; it is stored with the records while training goes on."""
+        began = time.monotonic()
         self._merge()
         self.state.ledger = self.ledger.to_json()
         self.state.unreadable = sorted(astuple(error) for error in self._errors)
-        validated = self._scores is not None and self._used == 0
+        validated = self._scores is not None and self._scored_step == self.state.step
         metrics = {"top1": self._scores.top1.value} if validated and self._scores else {}
-        self.worker.save(self.state.name, lambda folder: checkpoint.save(self.engine, folder, self.state), metrics)
         if self.record is not None:
             self.record.flush()
-            self.worker.publish(self.record.folder)
+        self.worker.save(
+            self.state.name,
+            lambda folder: checkpoint.save(self.engine, folder, self.state),
+            metrics,
+            keep=self.config.train.keep_checkpoints,
+            records=self.record.folder if self.record is not None else None,
+        )
+        self._due.saved(self.state.step, self.samples)
+        if self.record is not None:
+            self.record.add("checkpoint", self.state.step, stall_seconds=round(time.monotonic() - began, 3))
 
     def finish(self, how: str) -> dict[str, Any]:
-        """Write result.json and report.html; the figures, on rank 0."""
+        """Have the last checkpoint stored, then write result.json and report.html; the figures, on rank 0."""
+        self.worker.settle()
         if self.record is None:
             return {}
         values: dict[str, Any] = {
@@ -264,7 +286,7 @@ class Run:
         Shards of another world size are converted first.
         """
         config, world = self.config, self.feed.world
-        manifest = self.feed.packed.manifest.plan
+        manifest = self.feed.packed.manifest
         state = None if found is None else checkpoint.read_state(found)
         model, begun = self._model(state)
         origins = _origins(config, model, begun)
@@ -273,7 +295,8 @@ class Run:
         frozen = frozen_digest(model)
         tree = config.model_dump(mode="json")
         if found is None or state is None:
-            fresh = checkpoint.State(tree, manifest, revision, frozen, world.size, start=begun)
+            index = manifest.splits[config.data.train_split].index_sha256
+            fresh = checkpoint.State(tree, manifest.plan, revision, frozen, world.size, index=index, start=begun)
             return build_engine(model, groups, config.train, world, self.worker.device), fresh, origins
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
         elsewhere = state.world_size != world.size
@@ -291,6 +314,21 @@ class Run:
             return continued(self.config, state.start, self.worker.local), state.start
         except ValueError as error:
             raise ModelError(f"model: {error}") from error
+
+    def _ledger(self, found: Found) -> Ledger:
+        try:
+            return Ledger.from_json(self._shards, self.state.ledger)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {found.name}: {error}; give the set that run {self.config.run.name!r} was trained on, or another "
+                "--set run.name=... to start afresh"
+            ) from error
+
+    def _tell_of_damage(self, found: Found) -> None:
+        assert self.record is not None
+        for damage in found.damaged:
+            self.record.add("event", self.state.step, what="damaged_checkpoint", **asdict(damage), used=found.name)
+        self.worker.publish(self.record.folder)
 
     def _merge(self) -> None:
         """Have every rank know what all ranks used and could not read."""
