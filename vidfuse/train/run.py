@@ -5,6 +5,7 @@ Comes in: what `loop.run` was given. Goes out: the small verbs that the loop is 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import astuple
@@ -25,12 +26,15 @@ from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_diges
 from vidfuse.train import checkpoint
 from vidfuse.train.clock import Clock
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
+from vidfuse.train.journal import Journal
 from vidfuse.train.ledger import Ledger
 from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
 from vidfuse.train.step import StepResult
 from vidfuse.train.validate import Scored, score
 from vidfuse.train.worker import Worker
+
+log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
 """Between two progress events."""
@@ -70,12 +74,16 @@ class Run:
         split = feed.packed.manifest.splits[config.data.train_split]
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
+        began = time.time()
         with worker.latest_checkpoint() as found:
             self.engine, self.state = self._begin(found, facts.get("git_revision", "unknown"))
         self.ledger = Ledger.from_json(self._shards, self.state.ledger)
         self._used = int(self.ledger.used.sum())
         self._errors = {SampleError(*error) for error in self.state.unreadable}
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
+        self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
+        if self.journal is not None:
+            self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
         self.clock = Clock()
         self._told = 0.0
         self._scores: Scores | None = None
@@ -118,6 +126,8 @@ class Run:
         self.state.step += 1
         self._stop_agreed = self._result is not None and self._result.stop
         self._result = result
+        if self.journal is not None:
+            self.journal.stepped(self.state.step)
         if self.record is not None:
             self._tell(result)
 
@@ -138,8 +148,13 @@ class Run:
         Raises:
             DataError: too many of its videos could not be read.
         """
-        self._merge()
-        assert self.ledger.used.all(), f"epoch {self.ledger.epoch} ended with {int((~self.ledger.used).sum())} samples unused"
+        self._merge(closed=True)
+        missing, repeated = int((self.ledger.merged == 0).sum()), int((self.ledger.merged > 1).sum())
+        if missing or repeated:  # a fault of vidfuse; what is done is done, so it is said loudly and the audit names them
+            log.error(
+                "epoch %d is not exactly once: %d samples were not used, %d more than once; `python -m jobs.audit` names them",
+                *(self.ledger.epoch, missing, repeated),
+            )
         count, total = len(self._errors), self.feed.train_samples
         if count > self.config.data.unreadable_limit * total:
             raise DataError(
@@ -194,8 +209,9 @@ class Run:
 
     def finish(self, how: str) -> dict[str, Any]:
         """Write result.json and report.html; the figures, on rank 0."""
-        if self.record is None:
+        if self.record is None or self.journal is None:
             return {}
+        self.journal.end(step=self.state.step, how=how)
         values: dict[str, Any] = {
             "state": how,
             "steps": self.state.step,
@@ -235,7 +251,7 @@ class Run:
             return build_engine(model, groups, config.train, world, self.worker.device), fresh
         state = checkpoint.read_state(found)
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
-        elsewhere = state.world_size != world.size
+        elsewhere = state.world_size != world.size and config.train.zero_stage > 0  # without ZeRO nothing is sharded
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
         engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
         checkpoint.restore(engine, found, shards)
@@ -243,14 +259,18 @@ class Run:
         state.world_size, state.config, state.git_revision = world.size, tree, revision
         return engine, state
 
-    def _merge(self) -> None:
-        """Have every rank know what all ranks used and could not read."""
-        used = torch.from_numpy(self.ledger.used.astype(np.uint8)).to(self.worker.device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
-        self.ledger.used = used.cpu().numpy().astype(np.bool_)
+    def _merge(self, *, closed: bool = False) -> None:
+        """Have every rank know what all ranks used and could not read, and the journal too."""
+        fresh = torch.from_numpy(self.ledger.fresh).to(self.worker.device, copy=True)
+        dist.all_reduce(fresh)
+        uses = fresh.cpu().numpy()
+        self.ledger.add(uses)
         everyone: list[set[SampleError]] = [set() for _ in range(self.worker.world_size)]
         dist.all_gather_object(everyone, self._errors)
         self._errors = set().union(*everyone)
+        if self.journal is not None and (closed or uses.any()):
+            place = {"step": self.state.step, "epoch": self.ledger.epoch}
+            self.journal.used(**place, uses=uses, errors=self._errors, closed=closed)
 
     def _tell(self, result: StepResult) -> None:
         assert self.record is not None
@@ -278,6 +298,7 @@ class Run:
         done = self.clock.steps
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
+        place["time"] = round(time.time(), 3)
         return {**place, **values, **speed, "eta_seconds": eta}
 
 
