@@ -94,7 +94,7 @@ def test_counts_are_packed_and_unpacked():
     assert (unpack(SHARDS, record) == counts).all()
     with pytest.raises(ValueError, match="of another manifest: it names other"):
         unpack(SHARDS, {"used": {"other": "all"}})
-    with pytest.raises(ValueError, match="train-00001.tar has 99 samples here"):
+    with pytest.raises(ValueError, match=r"train-00001\.tar has 99 samples here"):
         unpack({"train-00000.tar": 10, "train-00001.tar": 99}, record)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,7 @@ def audit(entries: Sequence[Entry], shards: Mapping[str, int], names: Sequence[s
     return Audit(
         tuple(_epoch(epoch, [e for e in history if e["epoch"] == epoch], shards, names) for epoch in epochs),
         tuple(_spans(tries)),
-        tuple(_interruption(a, b) for a, b in zip(tries[:-1], tries[1:], strict=True)),
+        tuple(_interruption(a, b) for a, b in pairwise(tries)),
     )
 
 
@@ -171,8 +171,8 @@ def _epoch(epoch: int, entries: Sequence[Entry], shards: Mapping[str, int], name
         closed=any(entry["closed"] for entry in entries),
         samples=len(names),
         once=int((uses == 1).sum()),
-        repeated=tuple((names[sample], int(uses[sample])) for sample in np.flatnonzero(uses > 1)),
-        missing=tuple(names[sample] for sample in np.flatnonzero(uses == 0)),
+        repeated=tuple((names[int(sample)], int(uses[sample])) for sample in np.flatnonzero(uses > 1)),
+        missing=tuple(names[int(sample)] for sample in np.flatnonzero(uses == 0)),
         unreadable=tuple((f"{shard}/{key}", reason) for shard, key, reason in entries[-1]["unreadable"]),
     )
 

@@ -298,8 +298,7 @@ class Run:
         done = self.clock.steps
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
-        place["time"] = round(time.time(), 3)
-        return {**place, **values, **speed, "eta_seconds": eta}
+        return {**place, "time": round(time.time(), 3), **values, **speed, "eta_seconds": eta}
 
 
 def _first_epochs(config: Config) -> dict[str, int]:
