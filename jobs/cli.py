@@ -122,7 +122,10 @@ def _module() -> str:
 
 
 def stop_event() -> threading.Event:
-    """An event that SIGTERM sets (a submitted job that is stopped, a preempted machine); a second one ends the process."""
+    """An event that SIGTERM sets (a submitted job that is stopped, a preempted machine); a second one ends the process.
+
+    To be called after `start_ray`: Ray puts a handler of its own in place, which ends the process at once.
+    """
     event = threading.Event()
 
     def handle(number: int, _: object) -> None:
