@@ -276,6 +276,8 @@ class ClusterConfig(Section):
     """Train workers; `[least, most]` is elastic. `null`: one per GPU of the cluster, or 2 where there is none."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs reserved for one Train worker."""
+    resize_seconds: float = Field(60.0, gt=0)
+    """Seconds between looks whether an elastic run can have more workers; taking them restarts all from the last checkpoint."""
     max_failures: int = Field(3, ge=-1)
     """Restarts from the last checkpoint before the run is given up; -1 is Ray's own word for no limit."""
 

@@ -88,7 +88,7 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path, stage):
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumed_at_another_world_size_is_unbroken(tmp_path, stage):
     whole = Job(config(train__zero_stage=stage), tmp_path / "whole")
     resized = config(train__zero_stage=stage, train__checkpoint_every_steps=2)

@@ -21,6 +21,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidfuse.config import Config, ConfigError
 from vidfuse.data.feed import BLOCKS_AT_ONCE, Feed, PackedSet
@@ -28,6 +29,7 @@ from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, check_classes, read_index, read_manifest
 from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer
+from vidfuse.on_ray.recovery import QuickTorchConfig, look_at_nodes
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
@@ -207,12 +209,13 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     if done is not None:
         return done
     room = resources(config)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
     trainer = TorchTrainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
     )
-    with _following(monitor, on_progress, stop):
+    with _following(monitor, on_progress, stop), look_at_nodes(elastic=room.least < room.most):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -236,9 +239,11 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
     filesystem, root = open_storage(storage, write=True)
     workers = room.least if room.least == room.most else (room.least, room.most)
     return {
+        "torch_config": QuickTorchConfig(),
         "scaling_config": ScalingConfig(
             num_workers=workers,
             use_gpu=room.gpu,
+            elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if room.gpu else {})},
         ),
         "run_config": RayRunConfig(

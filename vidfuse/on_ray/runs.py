@@ -9,6 +9,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pyarrow.fs
 
 from vidfuse.config import Config, ConfigError, RunConfig, from_mapping
 from vidfuse.data.shards import DataError
-from vidfuse.on_ray.storage import check_storage, exists, join, open_storage, read_bytes
+from vidfuse.on_ray.storage import check_storage, exists, join, list_files, open_storage, read_bytes, write_bytes
 from vidfuse.train.checkpoint import STATE, WEIGHTS, State, read_state
+from vidfuse.train.journal import JOURNAL
 from vidfuse.train.record import METRICS
 from vidfuse.train.shelf import Damage, DamageError, Shelf, newest_good
 
@@ -108,6 +110,19 @@ class RunFolder:
         """A JSON file of the run; `None` if it is not there."""
         path = join(self.root, name)
         return json.loads(read_bytes(self.filesystem, path)) if exists(self.filesystem, path) else None
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run."""
+        write_bytes(self.filesystem, join(self.root, name), json.dumps(content).encode())
+
+    def kept(self, folder: str) -> list[str]:
+        """Names of the files in a folder of the run, sorted."""
+        return list(list_files(self.filesystem, join(self.root, folder)))
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What the run's tries wrote down, in order."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda name: self.json(join(JOURNAL, name)) or {}, self.kept(JOURNAL)))
 
     def records(self, to: Path) -> None:
         """Fetch the metrics of the run so far, for a run that continues."""

@@ -29,17 +29,23 @@ class Monitor:
 
     def __init__(self) -> None:
         self._event: dict[str, Any] = {}
+        self._unheard: dict[str, Any] = {}
         self._stop = False
         self._fault: str | None = None
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""
-        self._event = event
+        self._event = self._unheard = event
         return self._stop
 
     def latest(self) -> dict[str, Any]:
         """The newest event; empty before the first."""
         return self._event
+
+    def hand_over(self) -> dict[str, Any]:
+        """The newest event that was not handed over before, for the next try of the workers."""
+        event, self._unheard = self._unheard, {}
+        return event
 
     def stop(self) -> None:
         """Ask the run to end with a checkpoint."""
@@ -92,6 +98,19 @@ class RayWorker:
     def publish(self, folder: Path) -> None:
         """See `Worker`."""
         self._folder.put(folder)
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """See `Worker`."""
+        self._folder.keep(name, content)
+
+    def kept(self, folder: str) -> list[str]:
+        """See `Worker`."""
+        return self._folder.kept(folder)
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """See `Worker`; the monitor outlives workers, not the driver."""
+        event: dict[str, Any] = ray.get(self._monitor.hand_over.remote())
+        return event or None
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """See `Worker`; it never waits for the driver."""

@@ -6,6 +6,7 @@ Comes in: what `loop.run` was given. Goes out: the small verbs that the loop is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
@@ -30,6 +31,7 @@ from vidfuse.train.clock import Clock
 from vidfuse.train.due import Due
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
 from vidfuse.train.errors import CheckpointError, ModelError
+from vidfuse.train.journal import Journal
 from vidfuse.train.ledger import Ledger
 from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
@@ -37,6 +39,8 @@ from vidfuse.train.shelf import Found
 from vidfuse.train.step import StepResult
 from vidfuse.train.validate import Scored, score
 from vidfuse.train.worker import Worker
+
+log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
 """Between two progress events."""
@@ -111,6 +115,7 @@ class Run:
         split = feed.packed.manifest.splits[config.data.train_split]
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
+        began = time.time()
         with worker.latest_checkpoint() as found:
             self.engine, self.state, origins = self._begin(found.folder, facts.get("git_revision", "unknown"))
         facts = {**facts, **origins}
@@ -118,6 +123,9 @@ class Run:
         self._used = int(self.ledger.used.sum())
         self._errors = {SampleError(*error) for error in self.state.unreadable}
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
+        self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
+        if self.journal is not None:
+            self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
         self.clock = Clock()
         self._told = 0.0
         self._scores: Scores | None = None
@@ -168,6 +176,8 @@ class Run:
         self._stop_agreed = self._result is not None and self._result.stop
         self._due.passed(self.state.step, self.samples, asked=self._result is not None and self._result.save)
         self._result = result
+        if self.journal is not None:
+            self.journal.stepped(self.state.step)
         if self.record is not None:
             self._tell(result)
 
@@ -187,8 +197,13 @@ class Run:
         Raises:
             DataError: too many of its videos could not be read.
         """
-        self._merge()
-        assert self.ledger.used.all(), f"epoch {self.ledger.epoch} ended with {int((~self.ledger.used).sum())} samples unused"
+        self._merge(closed=True)
+        missing, repeated = int((self.ledger.merged == 0).sum()), int((self.ledger.merged > 1).sum())
+        if missing or repeated:  # a fault of vidfuse; what is done is done, so it is said loudly and the audit names them
+            log.error(
+                "epoch %d is not exactly once: %d samples were not used, %d more than once; `python -m jobs.audit` names them",
+                *(self.ledger.epoch, missing, repeated),
+            )
         count, total = len(self._errors), self.feed.train_samples
         if count > self.config.data.unreadable_limit * total:
             raise DataError(
@@ -253,8 +268,9 @@ class Run:
     def finish(self, how: str) -> dict[str, Any]:
         """Have the last checkpoint stored, then write result.json and report.html; the figures, on rank 0."""
         self.worker.settle()
-        if self.record is None:
+        if self.record is None or self.journal is None:
             return {}
+        self.journal.end(step=self.state.step, how=how)
         values: dict[str, Any] = {
             "state": how,
             "steps": self.state.step,
@@ -299,7 +315,7 @@ class Run:
             fresh = checkpoint.State(tree, manifest.plan, revision, frozen, world.size, index=index, start=begun)
             return build_engine(model, groups, config.train, world, self.worker.device), fresh, origins
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
-        elsewhere = state.world_size != world.size
+        elsewhere = state.world_size != world.size and config.train.zero_stage > 0  # without ZeRO nothing is sharded
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
         engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
         checkpoint.restore(engine, found, shards)
@@ -330,14 +346,18 @@ class Run:
             self.record.add("event", self.state.step, what="damaged_checkpoint", **asdict(damage), used=found.name)
         self.worker.publish(self.record.folder)
 
-    def _merge(self) -> None:
-        """Have every rank know what all ranks used and could not read."""
-        used = torch.from_numpy(self.ledger.used.astype(np.uint8)).to(self.worker.device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
-        self.ledger.used = used.cpu().numpy().astype(np.bool_)
+    def _merge(self, *, closed: bool = False) -> None:
+        """Have every rank know what all ranks used and could not read, and the journal too."""
+        fresh = torch.from_numpy(self.ledger.fresh).to(self.worker.device, copy=True)
+        dist.all_reduce(fresh)
+        uses = fresh.cpu().numpy()
+        self.ledger.add(uses)
         everyone: list[set[SampleError]] = [set() for _ in range(self.worker.world_size)]
         dist.all_gather_object(everyone, self._errors)
         self._errors = set().union(*everyone)
+        if self.journal is not None and (closed or uses.any()):
+            place = {"step": self.state.step, "epoch": self.ledger.epoch}
+            self.journal.used(**place, uses=uses, errors=self._errors, closed=closed)
 
     def _tell(self, result: StepResult) -> None:
         assert self.record is not None
@@ -365,7 +385,7 @@ class Run:
         done = self.clock.steps
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
-        return {**place, **values, **speed, "eta_seconds": eta}
+        return {**place, "time": round(time.time(), 3), **values, **speed, "eta_seconds": eta}
 
 
 def _origins(config: Config, model: Recognizer, begun: Mapping[str, Any]) -> dict[str, str]:

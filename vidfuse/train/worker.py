@@ -22,6 +22,9 @@ import torch.distributed as dist
 from vidfuse.train.keeper import Keeper
 from vidfuse.train.shelf import Found, Shelf
 
+PROGRESS = "progress.json"
+"""File of a local run: its newest progress event."""
+
 Progress = Callable[[Mapping[str, Any]], None]
 """Takes a progress event: epoch, epochs, step, steps, loss, clips_per_second, data_wait_fraction, eta_seconds ..."""
 
@@ -74,6 +77,18 @@ class Worker(Protocol):
 
     def publish(self, folder: Path) -> None:
         """Put the files of a folder into the run's folder on its storage (rank 0 alone calls it)."""
+        ...
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file into the run's folder on its storage; it is there when this returns (rank 0 alone calls it)."""
+        ...
+
+    def kept(self, folder: str) -> list[str]:
+        """Names of what was kept in a folder of the run."""
+        ...
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """The newest progress event of the try before this one, told once; `None`: nothing is known (rank 0 alone calls it)."""
         ...
 
     def progress(self, event: Mapping[str, Any]) -> None:
@@ -131,8 +146,26 @@ class LocalWorker:
         if folder.resolve() != self.folder.resolve():
             shutil.copytree(folder, self.folder, dirs_exist_ok=True)
 
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """See `Worker`."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+    def kept(self, folder: str) -> list[str]:
+        """See `Worker`."""
+        return sorted(path.name for path in (self.folder / folder).glob("[!.]*"))
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """See `Worker`."""
+        path = self.folder / PROGRESS
+        event = json.loads(path.read_text()) if path.exists() else None
+        path.unlink(missing_ok=True)
+        return event
+
     def progress(self, event: Mapping[str, Any]) -> None:
         """See `Worker`."""
+        write_json(self.folder / PROGRESS, event)
         if self._on_progress is not None:
             self._on_progress(event)
 
