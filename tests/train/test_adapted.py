@@ -40,9 +40,9 @@ def adapted(*more, **changes):
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapted")
     dry = ["model.motion.lora.dropout=0"]  # which is drawn by rank
-    jobs = {f"zero{stage}": Job(adapted(*dry, train__zero_stage=stage), root / str(stage)) for stage in (0, 2, 3)}
+    jobs = {f"zero{stage}": Job(adapted(*dry, train__zero_stage=stage), root / str(stage)) for stage in (2, 3)}
     ac = {"train__activation_checkpointing": True}
-    jobs |= {f"zero{s}-ac": Job(adapted(*dry, train__zero_stage=s, **ac), root / f"{s}-ac") for s in (2, 3)}
+    jobs["zero3-ac"] = Job(adapted(*dry, train__zero_stage=3, **ac), root / "ac")
     bf16 = {"train__zero_stage": 3, "train__precision": "bf16", **ac}
     jobs["bf16-zero3-ac"] = Job(adapted(*dry, **bf16), root / "bf16")
     together(list(jobs.values()), 2)
@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("variant", "bound"),
-    [*((v, 1e-4) for v in ("zero0", "zero2", "zero3", "zero2-ac", "zero3-ac")), ("bf16-zero3-ac", 5e-2)],
+    [("zero2", 1e-4), ("zero3", 1e-4), ("zero3-ac", 1e-4), ("bf16-zero3-ac", 5e-2)],
 )
 def test_losses_are_those_of_plain_training_on_one_worker(runs, variant, bound):
     alone = runs["alone"]
@@ -83,7 +83,7 @@ def test_a_crash_leaves_no_trace(tmp_path, stage):
     assert all(torch.equal(fresh.state_dict()[name], value) for name, value in saved.items())
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_resumed_at_another_world_size_is_unbroken(tmp_path, stage):
     dry = "model.motion.lora.dropout=0"
     execute(Job(adapted(dry, train__zero_stage=stage), tmp_path / "whole"))
@@ -127,11 +127,11 @@ def test_the_dry_run_tells_them():
 
 
 def test_gradients_through_a_frozen_stream_are_in_the_memory_estimate():
-    plain = adapted("model.semantic.adapters=null")
+    frozen = adapted("model.motion=null", "model.semantic.adapters=null", "model.fusion.name=mean")
+    both = override(frozen, ["model.semantic.adapters.ratio=0.25"])
     with torch.device("meta"):
-        models = [model_of(run) for run in (plain, adapted())]
-    without, having = (plan.activation_bytes(plain, model) for model in models)
-    assert having > 1.2 * without
+        without, having = (plan.activation_bytes(run, model_of(run)) for run in (frozen, both))
+    assert having > 2 * without, (having, without)
 
 
 @pytest.mark.parametrize(

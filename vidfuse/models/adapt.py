@@ -8,8 +8,8 @@ stay, but for `.base_layer` in those that LoRA wraps, so weights are loaded befo
 
 Source: adapters of AIM (Yang et al. 2023, arXiv:2302.03024, sections 3.2 and 3.4, figure 2) as CAST has them in both of its streams
 (Lee et al. 2023, arXiv:2311.18825, figure 3): after the attention in series, beside the feed-forward part in parallel. In ViT-B a
-block's two have 0.59 M parameters. AIM's third one, after the block's attention used once more over time, is not here (48 x 2 are
-CAST's 14.2 M, 36 AIM-B's 11 M). LoRA: Hu et al. 2022 (arXiv:2106.09685, section 4) by peft (Apache-2.0). Where a block has
+block's two have 0.59 M parameters. AIM's third one, after the block's attention used once more over time, is not here (CAST's 48 are
+14.2 M, AIM-B's 36 are 10.7 M). LoRA: Hu et al. 2022 (arXiv:2106.09685, section 4) by peft (Apache-2.0). Where a block has
 LayerScale (DINOv2, DINOv3) it scales what adapters add as it scales the branch.
 """
 
