@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -32,6 +32,7 @@ HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 """How torchvision writes the beginning of a file's sha256 into its name."""
 
 
+@runtime_checkable
 class Published(Protocol):
     """A file that a hub publishes."""
 
