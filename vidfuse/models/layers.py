@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vidfuse.models.parts import Tokens, Underway
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,11 @@ class FrameViT(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(cast(nn.ModuleList, self.vit.blocks))
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block; LayerScale, where a model has it, comes after them."""
+        return tuple(Branches({"attn": block.attn}, (block.mlp,)) for block in cast(Sequence[Any], self.blocks))
 
     @property
     def halfway(self) -> Sequence[nn.Module]:
@@ -270,7 +275,8 @@ def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...], *, said: str
     """A published state less the tensors of parts that are not here, which are counted in the log."""
     kept = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     if len(kept) < len(state):
-        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(prefixes))
+        found = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)]
+        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(found))
     return kept
 
 
@@ -528,6 +534,18 @@ def check_share(name: str, value: float) -> None:
     """
     if not 0 <= value < 1:
         raise ValueError(f"{name} is a share of at least 0 and below 1, given {value:g}")
+
+
+def drop_rates(highest: float, blocks: int) -> list[float]:
+    """Stochastic depth of each block: from none in the first to `highest` in the last, in equal steps.
+
+    Huang et al. 2016 (arXiv:1603.09382, section 3), from zero as in DeiT (Touvron et al. 2021, arXiv:2012.12877) and timm.
+
+    Raises:
+        ValueError: `highest` is no share.
+    """
+    check_share("stochastic_depth", highest)
+    return [highest * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
 def check_patch(size: int, patch: int) -> None:

@@ -53,6 +53,26 @@ class Backbone(Protocol):
 
 
 @dataclass(frozen=True)
+class Branches:
+    """The residual branches of a transformer's block, as modules that it calls."""
+
+    attentions: Mapping[str, nn.Module]
+    """By name what gives an attention's part of the tokens: a tensor, or a tuple that begins with it."""
+    mlp: tuple[nn.Module, ...]
+    """The feed-forward part: the module that does it, or the first, which is given the normed tokens, and the last of two."""
+
+
+@runtime_checkable
+class VisionTransformer(Protocol):
+    """A backbone of equal blocks at one width, which may be given adapters or LoRA."""
+
+    width: int
+    blocks: Sequence[nn.Module]
+    branches: Sequence[Branches]
+    """Of each block."""
+
+
+@dataclass(frozen=True)
 class Underway:
     """Clips on their way through a backbone's blocks, as these take them."""
 

@@ -16,11 +16,12 @@ from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, check_tubelet, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens, Underway
+from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vits16", "vitb16", "vitl16"]
 Checkpoint = Literal["pretrain", "kinetics", "ssv2"]
@@ -68,6 +69,12 @@ class VideoMAE(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(self.videomae.encoder.layer)
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block; the latter's second half adds it to the tokens."""
+        layers = cast(Sequence[Any], self.blocks)
+        return tuple(Branches({"attention": layer.attention}, (layer.intermediate, layer.output)) for layer in layers)
 
     @property
     def halfway(self) -> Sequence[nn.Module]:
@@ -123,6 +130,7 @@ def build(
     variant: Variant = "vitb16",
     checkpoint: Checkpoint = "pretrain",
     depth: int | None = None,
+    stochastic_depth: float = 0.0,
 ) -> VideoMAE:
     """Build the backbone.
 
@@ -135,10 +143,11 @@ def build(
             fine-tuned to classify Kinetics-400 or Something-Something V2 (`ssv2`; not published of vitl16). It decides about the
             architecture, too: fine-tuned tokens are not normed last, as the fine-tuned norm is one of their mean.
         depth: Number of blocks kept, from the first. `None`: all.
+        stochastic_depth: Share of clips that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, or weights that are not published
-            or cannot be fetched.
+        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, a stochastic depth that is no share, or
+            weights that are not published or cannot be fetched.
     """
     check_tubelet(frames, TUBELET)
     check_patch(size, PATCH)
@@ -156,6 +165,10 @@ def build(
     )
     model = VideoMAEModel(config)
     model.set_attn_implementation("sdpa")
+    layers = cast(Sequence[Any], model.encoder.layer)
+    for layer, rate in zip(layers, drop_rates(stochastic_depth, kept), strict=True):
+        for branch in (layer.attention.output, layer.output):
+            branch.dropout = StochasticDepth(rate, "row")  # in the place of a dropout of 0: the library has none of this kind
     backbone = VideoMAE(model, later=range(kept, blocks))
     weights.load(backbone, weights.from_hub(repository) if repository else None)
     return backbone

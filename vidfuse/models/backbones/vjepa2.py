@@ -14,11 +14,12 @@ from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from transformers import VJEPA2Config, VJEPA2Model
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, check_tubelet, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens, Underway
+from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vitl16", "vith16", "vitg16", "vitg16_384"]
 TUBELET, PATCH = 2, 16
@@ -55,6 +56,11 @@ class VJEPA2(nn.Module):
         return tuple(self.encoder.layer)
 
     @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block."""
+        return tuple(Branches({"attention": layer.attention}, (layer.mlp,)) for layer in cast(Sequence[Any], self.blocks))
+
+    @property
     def halfway(self) -> Sequence[nn.Module]:
         """Of each block its stochastic depth, or nothing, which is called for attention's branch first."""
         return tuple(layer.drop_path for layer in cast(Sequence[Any], self.blocks))
@@ -89,6 +95,7 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vitl16",
     depth: int | None = None,
+    stochastic_depth: float = 0.0,
 ) -> VJEPA2:
     """Build the backbone.
 
@@ -99,9 +106,11 @@ def build(
         pretrained: Fetch the published weights.
         variant: Size of the transformer; vitg16_384 is vitg16 with weights trained at 384 x 384.
         depth: Number of blocks kept, from the first. `None`: all.
+        stochastic_depth: Share of clips that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, or weights that cannot be fetched.
+        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, a stochastic depth that is no share, or
+            weights that cannot be fetched.
     """
     check_tubelet(frames, TUBELET)
     check_patch(size, PATCH)
@@ -118,6 +127,8 @@ def build(
     )
     model = VJEPA2Model(config)
     model.set_attn_implementation("sdpa")
+    for layer, rate in zip(model.encoder.layer, drop_rates(stochastic_depth, kept), strict=True):
+        layer.drop_path = StochasticDepth(rate, "row")  # the library's rounds its draws where weights are bfloat16
     backbone = VJEPA2(model, later=range(kept, blocks))
     weights.load(backbone, weights.from_hub(PUBLISHED[variant]) if pretrained else None)
     return backbone
