@@ -72,6 +72,7 @@ def main(job: Callable[[], int]) -> NoReturn:
     from vidfuse.on_ray.storage import StorageError
     from vidfuse.train.errors import CheckpointError, RunError
 
+    _log()
     try:
         code = job()
     except (ConfigError, DataError, StorageError, CheckpointError) as error:
@@ -84,6 +85,19 @@ def main(job: Callable[[], int]) -> NoReturn:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _log() -> None:
+    """Show what vidfuse has to tell (licences, parts of a weights file that are not used) on stderr, each line once."""
+    told: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        return not (record.getMessage() in told or told.add(record.getMessage()))  # type: ignore[func-returns-value]
+
+    handler = logging.StreamHandler()
+    handler.addFilter(first)
+    logging.getLogger("vidfuse").addHandler(handler)
+    logging.getLogger("vidfuse").setLevel(logging.INFO)
 
 
 def say(line: str = "") -> None:

@@ -15,6 +15,7 @@ from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.loop import run
+from vidfuse.train.shelf import relist
 from vidfuse.train.worker import LocalWorker, read_checkpoints
 
 
@@ -82,6 +83,7 @@ def test_other_frozen_weights_are_refused(tmp_path):
     state = json.loads((tmp_path / name / "state.json").read_text())
     state["frozen"]["semantic"] = "0" * 64
     (tmp_path / name / "state.json").write_text(json.dumps(state))
+    relist(tmp_path / name)
     with pytest.raises(CheckpointError, match="frozen semantic stream has other weights"):
         execute(Job(config(train__epochs=2), tmp_path))
 

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from vidfuse.models.layers import SAME_PLACE, Attention, encode_positions, ranks
 
@@ -131,6 +132,7 @@ class BottleneckExchange(nn.Module):
         windows: What the queries look along: `time_space` semantic along time and motion along space, as published;
             `space_time` the other way round; `none` over the whole clip.
         dropout: Dropout of attention weights and of the residual branches.
+        stochastic_depth: Share of clips that a reader adds nothing to in training; what it adds to others is scaled up.
 
     Raises:
         ValueError: heads that do not divide the bottleneck, or a bottleneck below 6.
@@ -145,6 +147,7 @@ class BottleneckExchange(nn.Module):
         direction: Direction = "both",
         windows: WindowsOption = "time_space",
         dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         if bottleneck < 6:
@@ -154,7 +157,7 @@ class BottleneckExchange(nn.Module):
         self.down = nn.ModuleDict(down)
         self.attention = nn.ModuleDict({f"{a}_to_{b}": Attention(bottleneck, heads, dropout) for a, b in self.pairs})
         self.up = nn.ModuleDict({a: nn.Sequential(nn.GELU(), nn.Linear(bottleneck, widths[a])) for a, _ in self.pairs})
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth, "row"))
         for up in self.up.values():
             for parameter in cast(nn.Sequential, up)[1].parameters():
                 nn.init.zeros_(parameter)
@@ -170,21 +173,25 @@ class BottleneckExchange(nn.Module):
         masks: Mapping[str, Bool[Tensor, "B _"] | None],
         meeting: Mapping[str, Sequence[Window]],
         *,
+        added_only: bool = False,
         return_attention: bool = False,
     ) -> tuple[dict[str, Float[Tensor, "B _ _"]], dict[str, Float[Tensor, "B h Q K"]]]:
-        """Values of both streams after the exchange, and attention by name (`semantic_to_motion`) if asked for."""
+        """Values of both streams after the exchange, and attention by name (`semantic_to_motion`) if asked for.
+
+        With `added_only` what the exchange adds to the values, of the streams that read.
+        """
         low = {name: down(values[name]) for name, down in self.down.items()}
-        after, seen = dict(values), {}
+        added, seen = {}, {}
         for a, b in self.pairs:
             name = f"{a}_to_{b}"
             x, y = (low[n] + self._placed(positions[n], self.along[a], low[n]) for n in (a, b))
             read, weights = attend_in(
                 meeting[name], cast(Attention, self.attention[name]), x, y, masks[b], return_attention=return_attention
             )
-            after[a] = values[a] + self.drop(self.up[a](read))
+            added[a] = self.drop(self.up[a](read))
             if weights is not None:
                 seen[name] = weights
-        return after, seen
+        return (added if added_only else {n: v + added[n] if n in added else v for n, v in values.items()}), seen
 
     def _placed(self, positions: Float[Tensor, "N 3"], along: Along, like: Tensor) -> Float[Tensor, "N d"]:
         spanned = torch.tensor([axis in SPANNED[along] for axis in range(3)], device=positions.device)

@@ -6,8 +6,9 @@ Comes in: `RunConfig`, or a run's URL. Goes out: its config, its checkpoints' na
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,12 @@ from vidfuse.on_ray.storage import check_storage, exists, join, list_files, open
 from vidfuse.train.checkpoint import STATE, WEIGHTS, State, read_state
 from vidfuse.train.journal import JOURNAL
 from vidfuse.train.record import METRICS
-from vidfuse.train.worker import CHECKPOINTS
+from vidfuse.train.shelf import Damage, DamageError, Shelf, newest_good
+
+SCORED = (STATE, WEIGHTS)
+"""What scoring needs of a checkpoint."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,40 @@ class RunFolder:
             raise ConfigError(f"{self.url}/config.yaml is no config")
         return from_mapping(tree, source=f"{self.url}/config.yaml")  # type: ignore[arg-type]
 
+    @property
+    def shelf(self) -> Shelf:
+        """Its checkpoints."""
+        return Shelf(self.filesystem, self.root)
+
     def checkpoints(self) -> dict[str, Any]:
         """`{"last", "best", "scores"}`, empty for a fresh run."""
-        path = join(self.root, CHECKPOINTS)
-        if not exists(self.filesystem, path):
-            return {"last": None, "best": None, "scores": {}}
-        record: dict[str, Any] = json.loads(read_bytes(self.filesystem, path))
-        return record
+        return self.shelf.record()
 
-    def note(self, checkpoints: Mapping[str, Any]) -> None:
-        """Write the record of checkpoints."""
-        write_bytes(self.filesystem, join(self.root, CHECKPOINTS), json.dumps(checkpoints, indent=1).encode())
+    def choose(self, which: str, only: Collection[str] = SCORED) -> tuple[str | None, tuple[Damage, ...]]:
+        """The newest (`last`) or the highest scored (`best`) checkpoint of those whose files `only` are good.
+
+        Returns:
+            Its name, `None` if the run has none yet; and those that would have come before it, but are damaged.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is good.
+        """
+        record, names = self.shelf.record(), self.shelf.names()[::-1]
+        if which == "best":
+            scores = record["scores"]
+            names = sorted((name for name in names if name in scores), key=lambda name: scores[name], reverse=True)
+
+        def attempt(name: str) -> Damage | None:
+            try:
+                self.shelf.verify(name, only)
+            except DamageError as error:
+                return error.damage
+            return None
+
+        chosen, damaged = newest_good(names, attempt, ever_whole=record[which] is not None)
+        for damage in damaged:
+            log.error("%s; %s is used instead", damage, chosen)
+        return chosen, damaged
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; `None` if it is not there."""
@@ -102,22 +131,22 @@ class RunFolder:
             to.mkdir(parents=True, exist_ok=True)
             (to / METRICS).write_bytes(read_bytes(self.filesystem, path))
 
-    def fetch(self, checkpoint: str, names: Iterable[str], to: Path) -> Path:
-        """Fetch files of a checkpoint into a folder."""
-        folder = to / checkpoint
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (folder / name).write_bytes(read_bytes(self.filesystem, join(self.root, checkpoint, name)))
-        return folder
-
     def weights(self, checkpoint: str, to: Path) -> Path:
-        """Fetch what scoring needs of a checkpoint: its state and its weights."""
-        return self.fetch(checkpoint, (STATE, WEIGHTS), to)
+        """Fetch what scoring needs of a checkpoint: its state and its weights, verified.
+
+        Raises:
+            DamageError: they are not what was written.
+        """
+        return self.shelf.fetch(checkpoint, to, SCORED)
 
     def state(self, checkpoint: str) -> State:
-        """The state of a checkpoint."""
+        """The state of a checkpoint, verified.
+
+        Raises:
+            DamageError: it is not what was written.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            return read_state(self.fetch(checkpoint, (STATE,), Path(folder)))
+            return read_state(self.shelf.fetch(checkpoint, Path(folder), (STATE,)))
 
     def put(self, folder: Path, below: str = "") -> None:
         """Copy a local folder's files into the run's folder (or one below it)."""

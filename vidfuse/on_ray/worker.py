@@ -1,16 +1,13 @@
 """`Worker` over Ray Train.
 
-Comes in: Ray Train's context of one worker. Goes out: checkpoints through `ray.train.report`, records on the run's storage,
-progress to a `Monitor` actor that the driver looks at.
+Comes in: Ray Train's context of one worker. Goes out: checkpoints and records on the run's storage, validation's figures through
+`ray.train.report`, progress to a `Monitor` actor that the driver looks at.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +15,12 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 
 from vidfuse.config import RunConfig
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.train.errors import CheckpointError
-from vidfuse.train.worker import note_checkpoint
-
-SCORE = "score"
-"""What Ray keeps checkpoints by: validation top-1, -1 for one inside an epoch (without a number it would keep them all)."""
+from vidfuse.on_ray.weights import local
+from vidfuse.train.keeper import Keeper
+from vidfuse.train.shelf import Found
 
 
 @ray.remote(num_cpus=0)
@@ -57,6 +51,10 @@ class Monitor:
         """Ask the run to end with a checkpoint."""
         self._stop = True
 
+    def begin(self) -> None:
+        """Workers have started (anew): why an earlier one gave up is no longer why the run ends."""
+        self._fault = None
+
     def fault(self, message: str | None = None) -> str | None:
         """Note why a worker gave up, in words for a person; answers the first such note."""
         self._fault = self._fault or message
@@ -73,35 +71,29 @@ class RayWorker:
         self.device: torch.device = ray.train.torch.get_device()
         self._folder = RunFolder.of(run)
         self._monitor, self._answer, self._stop = monitor, None, False
-        token = [uuid.uuid4().hex[:6]]
-        dist.broadcast_object_list(token)  # after a crash, a step is saved anew: never into the folder of the first try
-        self._token = token[0]
+        self._keeper = Keeper(self._folder.shelf, machine=self.machine, in_place=False, publish=self._folder.put)
+        if self.rank == 0:
+            ray.get(monitor.begin.remote())
 
-    @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """See `Worker`. Ray downloads it once a machine."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Found]:
+        """See `Worker`. Downloaded and verified once a machine."""
+        return self._keeper.find()
 
-    def save(self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float]) -> None:
-        """See `Worker`. Ray registers the checkpoint when every rank's part is on the storage, and keeps the last and the best."""
-        folder = Path(tempfile.mkdtemp(prefix="vidfuse-checkpoint-"))
-        try:
-            write(folder)
-            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
-            place = f"{name}-{self._token}"
-            scored = {**metrics, SCORE: metrics.get("top1", -1.0)}
-            ray.train.report(scored, checkpoint=checkpoint, checkpoint_dir_name=place)
-            if self.rank == 0:
-                self._folder.note(note_checkpoint(self._folder.checkpoints(), place, metrics))
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {name} was not written: {error}; the one before is unharmed") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def save(
+        self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None
+    ) -> None:
+        """See `Worker`. Ray hears of validated ones (a search goes by them); it does not keep them."""
+        self._keeper.save(name, write, metrics, keep=keep, records=records)
+        if metrics:
+            ray.train.report(dict(metrics))
+
+    def settle(self, *, at_most_seconds: float | None = None) -> None:
+        """See `Worker`."""
+        self._keeper.settle(at_most_seconds=at_most_seconds)
+
+    def local(self, source: str) -> str:
+        """See `Worker`."""
+        return local(source)
 
     def publish(self, folder: Path) -> None:
         """See `Worker`."""

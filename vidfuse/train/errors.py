@@ -9,3 +9,7 @@ class CheckpointError(RuntimeError):
 
 class RunError(RuntimeError):
     """A run that ended by a fault; its last checkpoint is on its storage and the same command continues from it."""
+
+
+class ModelError(RuntimeError):
+    """A model that a worker cannot build, for one because its weights cannot be had there."""
