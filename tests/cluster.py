@@ -26,6 +26,7 @@ from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.train.audit import Audit
 
+PREEMPTION = 2  # autoscaler.proto, DrainNodeReason
 STORE_BYTES = 150 * 1024**2
 WORKER_TITLE = re.compile(r"ray::.*TrainWorker")
 
@@ -71,6 +72,14 @@ class Nodes:
         assert workers, "no Train worker is there"
         for process in workers:
             process.kill()
+
+    def drain(self, node: Any, seconds: float) -> None:
+        """Tell the cluster that a node is taken away in some seconds, as a cloud does with a spot machine."""
+        from ray._raylet import GcsClient
+
+        deadline = int((time.time() + seconds) * 1000)
+        accepted, why = GcsClient(self.address).drain_node(node.node_id, PREEMPTION, "taken away", deadline)
+        assert accepted, why
 
     def kill(self, node: Any) -> None:
         """`kill -9` of a raylet with all that it started, as when a machine is gone."""

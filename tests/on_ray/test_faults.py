@@ -151,6 +151,29 @@ def test_a_run_survives(cluster, store, config, tmp_path, fault):
     assert any(not gap.planned for gap in found.interruptions) or fault is stop_the_store
 
 
+def test_a_node_that_is_taken_away_costs_no_more_than_a_step_or_two(cluster, store, config, tmp_path):
+    """A notice of 20 seconds: a checkpoint is saved in time, though none is due for long; then the node dies."""
+    settings = override(config, ["run.name=preempted", "train.checkpoint_every_steps=1000"])
+    while len(cluster.nodes) < 3:
+        cluster.add()
+    with Training(settings, cluster.address, tmp_path) as training:
+        training.wait_for("the first step", lambda entries: any(e["kind"] == "first" for e in entries))
+        node = next(node for node in cluster.nodes if cluster.workers(node))
+        cluster.drain(node, 20)
+        saved = training.wait_for(
+            "a checkpoint", lambda entries: [e for e in entries if e["kind"] == "used" and not e["closed"] and e["try"] == 1]
+        )
+        assert saved[0]["step"] % 1000
+        time.sleep(5)
+        cluster.kill(node)
+        training.wait_for("a new try", lambda entries: any(e["kind"] == "first" and e["try"] == 2 for e in entries))
+        training.stop()
+        training.end()
+    found = training.audit()
+    print("\n".join(found.lines()))
+    assert found.exact and found.interruptions[0].resumed >= saved[0]["step"]
+
+
 def test_the_command_tells_what_the_audit_found(cluster, config):
     folder = f"{config.run.storage}/{config.run.name}"
     done = support.run_job("audit", "--run", folder)

@@ -67,4 +67,4 @@ def _look(done: threading.Event) -> None:
             coordinator = get_or_create_autoscaling_coordinator()
             ray.get(coordinator.get_reserved_resources.remote("vidfuse", recompute=True), timeout=5)
         except Exception as error:  # a look that fails costs seconds of recovery, never the run
-            log.info("the cluster's nodes could not be looked at: %s", error)
+            log.debug("the cluster's nodes could not be looked at: %s", error)

@@ -15,6 +15,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from vidfuse.config import RunConfig
 from vidfuse.on_ray.runs import RunFolder
@@ -71,6 +72,7 @@ class RayWorker:
         self.device: torch.device = ray.train.torch.get_device()
         self._folder = RunFolder.of(run)
         self._monitor, self._answer, self._stop = monitor, None, False
+        self._notice: Any = None
         self._keeper = Keeper(self._folder.shelf, machine=self.machine, in_place=False, publish=self._folder.put)
         if self.rank == 0:
             ray.get(monitor.begin.remote())
@@ -123,3 +125,14 @@ class RayWorker:
     def should_stop(self) -> bool:
         """See `Worker`; rank 0 hears it with its next progress event, the step tells the others."""
         return self._stop
+
+    def told_to_save(self) -> bool:
+        """See `Worker`; Ray's notice of a node that is drained (a spot machine that is reclaimed).
+
+        `ray.train.get_preemption_info` says the same behind a barrier of all ranks, at each step. Here each rank looks at what it
+        was told, and the step's own sum tells the others.
+        """
+        if self._notice is None:
+            self._notice = get_internal_train_context().preemption_context.preemption_info
+            return self._notice is not None
+        return False

@@ -164,7 +164,7 @@ class Run:
         rate = learning_rate(self.config.train, self.samples, self.feed.train_samples)
         held = self.engine.module.held
         set_learning_rates(self.engine, [0.0 if g.stream in held else rate * g.share for g in self._groups])
-        save = self.worker.rank == 0 and self._due.asks()
+        save = (self.worker.rank == 0 and self._due.asks()) or self.worker.told_to_save()
         return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop(), "save": save}
 
     def after_step(self, micro_batches: tuple[Batch, ...], result: StepResult) -> None:

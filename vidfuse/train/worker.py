@@ -99,6 +99,10 @@ class Worker(Protocol):
         """Whether the run has been asked to end with a checkpoint (the same answer on all ranks)."""
         ...
 
+    def told_to_save(self) -> bool:
+        """Whether a machine of the run is about to be taken away, said once: a checkpoint is wanted now (any rank may say it)."""
+        ...
+
 
 class LocalWorker:
     """One process without Ray: alone, or one of those that torchrun started.
@@ -171,6 +175,10 @@ class LocalWorker:
 
     def should_stop(self) -> bool:
         """See `Worker`; a local run is not asked."""
+        return False
+
+    def told_to_save(self) -> bool:
+        """See `Worker`; a local run is not told."""
         return False
 
 
