@@ -1,5 +1,5 @@
-"""For: searches and ablations over configs; nothing is here yet.
-Takes a config and a space; gives ranked configs and tables.
+"""For: ablations over configs (`ablations`); searches come here too.
+Takes a config and a table of changes; gives trained cells, a table and a picture.
 May import: vidfuse, ray.tune, optuna.
 Never: the command line.
 """

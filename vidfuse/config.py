@@ -225,6 +225,11 @@ class TrainConfig(Section):
     same of exchanges between blocks. `null`: all are equal."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the global gradient. `null`: no clipping."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Share of an exponential moving average of the weights that an optimizer step leaves as it was. The average is what is
+    validated, exported and evaluated; training goes on from the weights themselves. `null`: no average."""
+    ema_warmup: bool = True
+    """Whether the share grows as 1 - n^(-2/3) over the steps n until it is `ema_decay`: 0.99 after 1,000, 0.999 after 31,600."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread over all classes."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -253,6 +258,8 @@ class TrainConfig(Section):
     def _divides(self) -> TrainConfig:
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.ema_decay is not None and self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("ema_decay averages fp32 weights, which fp16 has with zero_stage 1, 2 or 3; given zero_stage 0")
         return self
 
 

@@ -4,7 +4,8 @@ A checkpoint is a folder:
 
     files.json            its files with size and sha256, written last (`train/shelf.py`)
     state.json            `State`: where the run is, what was used of the epoch, what it was made with (readable)
-    model.safetensors     fp32 weights of everything trainable, with its buffers, whole whatever the ZeRO stage
+    model.safetensors     fp32 weights of everything trainable, with its buffers, whole whatever the ZeRO stage;
+                          under `train.ema_decay` the weights' average
     zero/state/           DeepSpeed's shards of weights and optimizer state, one file a rank
 
 Frozen parameters are not stored: they are rebuilt from the seed or their weights file, and their hash is compared. At another
@@ -34,6 +35,7 @@ from vidfuse.config import HARMLESS, Config, differences, from_mapping
 from vidfuse.data.shards import Manifest
 from vidfuse.models.recognizer import Recognizer, trainable_state
 from vidfuse.models.start import header
+from vidfuse.train.average import Average
 from vidfuse.train.engine import Engine
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.worker import write_json
@@ -75,13 +77,20 @@ class State:
         return f"step-{self.step:08d}"
 
 
-def save(engine: Engine, folder: Path, state: State) -> None:
+def save(engine: Engine, folder: Path, state: State, average: Average | None = None) -> None:
     """Write this rank's part of a checkpoint. All ranks call it.
+
+    Args:
+        engine: whose shards are written.
+        folder: of the checkpoint.
+        state: of the run.
+        average: of the weights; it is exported then, and restored from what was exported.
 
     Raises:
         OSError: the folder cannot be written (full, for one).
     """
-    tensors = trainable_tensors(engine)
+    with average.shown(engine) if average else contextlib.nullcontext():
+        tensors = trainable_tensors(engine)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             engine.save_checkpoint(str(folder / ZERO), tag=TAG, exclude_frozen_parameters=True)
@@ -151,13 +160,14 @@ def check_frozen(state: State, frozen: Mapping[str, str]) -> None:
             )
 
 
-def restore(engine: Engine, folder: Path, shards: Path) -> None:
+def restore(engine: Engine, folder: Path, shards: Path, average: Average | None = None) -> None:
     """Load weights and optimizer state into an engine. All ranks call it.
 
     Args:
         engine: built with `universal` if the shards are converted.
         folder: the checkpoint.
         shards: its DeepSpeed folder, `shards_of(...)`.
+        average: of the weights, to be restored too.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -170,8 +180,11 @@ def restore(engine: Engine, folder: Path, shards: Path) -> None:
         raise CheckpointError(f"checkpoint {folder.name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if path is None:
         raise CheckpointError(f"checkpoint {folder.name} cannot be loaded: DeepSpeed's files are missing below {ZERO}/")
-    _load_buffers(engine.module, load_file(folder / WEIGHTS))
+    exported = load_file(folder / WEIGHTS)
+    _load_buffers(engine.module, exported)
     _mend(engine, groups)
+    if average is not None:
+        average.load(engine, exported)
 
 
 def shards_of(folder: Path, *, elsewhere: bool, machine: str) -> Path:

@@ -8,12 +8,15 @@ deepspeed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from torch import Tensor
+from torch.nn import functional as F
 
 from vidfuse.config import TrainConfig
 from vidfuse.data.sampling import World
@@ -113,6 +116,42 @@ def begin_groups(engine: Engine, numbers: Collection[int]) -> None:
     for shard in shards:
         if "step" in inner.state.get(shard, {}):
             inner.state[shard]["step"].zero_()
+
+
+def masters(engine: Engine) -> list[Tensor]:
+    """This rank's fp32 weights that the optimizer updates: whole parameters without ZeRO, else flat shards of them."""
+    shards = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3's optimizer holds them in a step only
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return [t.detach() for t in shards or [p for group in inner.param_groups for p in group["params"]]]
+
+
+def assign_masters(engine: Engine, tensors: Mapping[str, Tensor]) -> None:
+    """Write whole trained parameters, by name, into `masters`. All ranks call it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = tensors[name].to(engine.device, torch.float32)
+        if hasattr(parameter, "ds_id"):
+            # safe_set_full_fp32_param of DeepSpeed 0.19.8 reads past the end where the ranks' shares are padded.
+            count = safe_get_local_fp32_param(parameter).numel()
+            padded = F.pad(value.flatten(), (0, count * size - value.numel()))
+            safe_set_local_fp32_param(parameter, padded[count * rank : count * (rank + 1)])
+        elif hasattr(parameter, "_hp_mapping"):
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            parameter.data.copy_(value)
+
+
+def show_masters(engine: Engine) -> None:
+    """Have the model compute with what `masters` hold now, as after an optimizer step. All ranks call it."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._partition_all_parameters()  # what a forward pass has gathered is of the values before
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
 
 
 def loss_scale(engine: Engine) -> float:

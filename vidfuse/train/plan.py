@@ -131,12 +131,13 @@ def memory(config: Config, model: Recognizer, workers: int) -> Memory:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sharded = {stage: 1 / workers if train.zero_stage >= stage else 1.0 for stage in (1, 2, 3)}
     master = 0 if train.precision == "fp32" and train.zero_stage == 0 else 4
+    average = 0 if train.ema_decay is None else 4
     data = config.data
     clips = train.global_batch // workers * data.frames * data.size**2 * 3
     return Memory(
         parameters=int(total * width * sharded[3]),
         gradients=int(trained * (width + 4) * sharded[2]),
-        optimizer=int(trained * (8 + master) * sharded[1]),
+        optimizer=int(trained * (8 + master + average) * sharded[1]),
         activations=activation_bytes(config, model),
         clips=clips,
     )

@@ -27,6 +27,7 @@ from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_digest
 from vidfuse.models.start import restart, start
 from vidfuse.train import checkpoint
+from vidfuse.train.average import Average
 from vidfuse.train.clock import Clock
 from vidfuse.train.due import Due
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
@@ -116,6 +117,7 @@ class Run:
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
         began = time.time()
+        self._average: Average | None = None
         with worker.latest_checkpoint() as found:
             self.engine, self.state, origins = self._begin(found.folder, facts.get("git_revision", "unknown"))
         facts = {**facts, **origins}
@@ -173,6 +175,8 @@ class Run:
         self._used = min(self._used + self.config.train.global_batch, self.feed.train_samples)
         self._errors.update(error for batch in micro_batches for error in batch.errors)
         self.state.step += 1
+        if self._average is not None:
+            self._average.update(self.engine, self.state.step)
         self._stop_agreed = self._result is not None and self._result.stop
         self._due.passed(self.state.step, self.samples, asked=self._result is not None and self._result.save)
         self._result = result
@@ -228,7 +232,8 @@ class Run:
         labels = self.feed.packed.indices[data.validation_split].label.astype(np.int64)
         self.engine.eval()
         batches = self.feed.score(data.validation_split, clips=1, crops=1, micro_batch=train.micro_batch)
-        scored = score(self.engine, batches, labels, classes=data.classes, views=1, device=self.worker.device)
+        with self._average.shown(self.engine) if self._average else contextlib.nullcontext():
+            scored = score(self.engine, batches, labels, classes=data.classes, views=1, device=self.worker.device)
         self._scores, self._scored_step = judged(scored, self.feed.packed.manifest.classes), self.state.step
         top1 = self._scores.top1.value
         gained = self.state.best_top1 is None or top1 > self.state.best_top1
@@ -256,7 +261,7 @@ class Run:
             self.record.flush()
         self.worker.save(
             self.state.name,
-            lambda folder: checkpoint.save(self.engine, folder, self.state),
+            lambda folder: checkpoint.save(self.engine, folder, self.state, self._average),
             metrics,
             keep=self.config.train.keep_checkpoints,
             records=self.record.folder if self.record is not None else None,
@@ -313,12 +318,15 @@ class Run:
         if found is None or state is None:
             index = manifest.splits[config.data.train_split].index_sha256
             fresh = checkpoint.State(tree, manifest.plan, revision, frozen, world.size, index=index, start=begun)
-            return build_engine(model, groups, config.train, world, self.worker.device), fresh, origins
+            engine = build_engine(model, groups, config.train, world, self.worker.device)
+            self._average = Average.of(engine, config.train)
+            return engine, fresh, origins
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
         elsewhere = state.world_size != world.size and config.train.zero_stage > 0  # without ZeRO nothing is sharded
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
         engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
-        checkpoint.restore(engine, found, shards)
+        self._average = Average.of(engine, config.train)
+        checkpoint.restore(engine, found, shards, self._average)
         checkpoint.discard(shards, found)
         state.world_size, state.config, state.git_revision = world.size, tree, revision
         return engine, state, origins
