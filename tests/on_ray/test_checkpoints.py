@@ -13,9 +13,9 @@ from tests import support
 from vidfuse.on_ray import storage
 from vidfuse.on_ray.storage import join, open_storage, read_bytes, write_bytes
 from vidfuse.train import shelf as shelf_module
-from vidfuse.train.errors import CheckpointError
+from vidfuse.train.errors import CheckpointError, DamageError
 from vidfuse.train.keeper import Keeper
-from vidfuse.train.shelf import FILES, UNFINISHED, DamageError, Shelf
+from vidfuse.train.shelf import FILES, UNFINISHED, Shelf
 from vidfuse.train.worker import init_process_group
 
 pytestmark = pytest.mark.s3

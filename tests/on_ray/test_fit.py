@@ -143,7 +143,7 @@ def flip(folder, path):
     write_bytes(folder.filesystem, join(folder.root, path), bytes(content))
 
 
-def test_a_damaged_checkpoint_is_passed_over_in_training_and_in_scoring(whole, config, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_in_training_and_in_scoring(whole, config, caplog):
     """One flipped bit in rank 1's optimizer state: the one before is used, said in the records, and the losses are the same."""
     damaged = override(config, ["run.name=damaged", "train.keep_checkpoints=9"])
     train(damaged, stop_at=3)
@@ -156,6 +156,9 @@ def test_a_damaged_checkpoint_is_passed_over_in_training_and_in_scoring(whole, c
     assert (event["what"], event["checkpoint"], event["used"]) == ("damaged_checkpoint", last, before)
     assert event["file"].endswith("zero_pp_rank_1_mp_rank_00_optim_states.pt") and event["expected"] != event["found"]
     assert last not in folder.shelf.names()
+    assert any(
+        last in r.message and event["file"] in r.message and before in r.message for r in caplog.records
+    )  # at the driver
 
     scores = folder.checkpoints()["scores"]
     best = folder.checkpoints()["best"]

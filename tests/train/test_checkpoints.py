@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
-from tests.train.local import Job, config, execute, losses, packed, pull, together
+from tests.train.local import Job, config, execute, losses, packed, pull, relist, together
 from vidfuse.config import override
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.train import checkpoint
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.loop import run
-from vidfuse.train.shelf import FILES, Shelf, relist
+from vidfuse.train.shelf import FILES, Shelf
 from vidfuse.train.worker import LocalWorker, read_checkpoints
 
 OFTEN = {"train__zero_stage": 2, "train__checkpoint_every_steps": 2}

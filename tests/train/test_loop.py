@@ -8,14 +8,13 @@ import subprocess
 
 import pytest
 
-from tests.train.local import Job, config, execute, losses, packed, pull
+from tests.train.local import Job, config, execute, losses, packed, pull, relist
 from vidfuse.data.batch import SampleError
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.loop import run
-from vidfuse.train.shelf import relist
 from vidfuse.train.worker import LocalWorker, read_checkpoints
 
 

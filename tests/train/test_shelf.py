@@ -10,8 +10,8 @@ import pyarrow.fs as pafs
 import pytest
 
 from vidfuse.train import shelf as shelf_module
-from vidfuse.train.errors import CheckpointError
-from vidfuse.train.shelf import FILES, Damage, DamageError, Shelf, merged, newest_good, patiently
+from vidfuse.train.errors import CheckpointError, Damage, DamageError
+from vidfuse.train.shelf import FILES, Shelf, merged, newest_good, patiently
 
 CONTENT = {"state.json": b'{"step": 12}', "zero/state/rank_0.pt": bytes(range(256)) * 40, "zero/empty": b""}
 

@@ -7,6 +7,7 @@ same config again continues from the last checkpoint. What can be refused is ref
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import tempfile
 import threading
@@ -41,6 +42,7 @@ from vidfuse.train.loop import run
 from vidfuse.train.run import continued, started
 from vidfuse.train.worker import Progress
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3
 """Between two looks at the monitor."""
 WORKERS_WITHOUT_GPU = 2
@@ -285,13 +287,16 @@ def _following(monitor: Any, on_progress: Progress, stop: threading.Event) -> It
     done = threading.Event()
 
     def follow() -> None:
-        asked, seen = False, None
+        asked, seen, warned = False, None, 0
         while not done.wait(POLL_SECONDS):
             with contextlib.suppress(ray.exceptions.RayError):
                 if stop.is_set() and not asked:
                     asked = True
                     ray.get(monitor.stop.remote(), timeout=5)
-                event = ray.get(monitor.latest.remote(), timeout=5)
+                event, warnings = ray.get([monitor.latest.remote(), monitor.warnings.remote()], timeout=5)
+                for warning in warnings[warned:]:
+                    log.error("%s", warning)
+                warned = len(warnings)
                 if event and event != seen:
                     seen = event
                     on_progress(event)

@@ -18,9 +18,9 @@ from vidfuse.evaluate.report import report
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.score import score_run, split_of
 from vidfuse.on_ray.storage import join
+from vidfuse.train.errors import Damage
 from vidfuse.train.record import METRICS, read_metrics, surroundings
 from vidfuse.train.run import judged
-from vidfuse.train.shelf import Damage
 from vidfuse.train.validate import Scored
 
 

@@ -20,9 +20,10 @@ from vidfuse.config import Config, ConfigError, RunConfig, from_mapping
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray.storage import check_storage, exists, join, list_files, open_storage, read_bytes, write_bytes
 from vidfuse.train.checkpoint import STATE, WEIGHTS, State, read_state
+from vidfuse.train.errors import Damage, DamageError
 from vidfuse.train.journal import JOURNAL
 from vidfuse.train.record import METRICS
-from vidfuse.train.shelf import Damage, DamageError, Shelf, newest_good
+from vidfuse.train.shelf import Shelf, newest_good
 
 SCORED = (STATE, WEIGHTS)
 """What scoring needs of a checkpoint."""

@@ -7,7 +7,7 @@ Comes in: Ray Train's context of one worker. Goes out: checkpoints and records o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Monitor:
         self._unheard: dict[str, Any] = {}
         self._stop = False
         self._fault: str | None = None
+        self._warnings: list[str] = []
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""
@@ -51,6 +52,14 @@ class Monitor:
     def stop(self) -> None:
         """Ask the run to end with a checkpoint."""
         self._stop = True
+
+    def warn(self, message: str) -> None:
+        """Have the driver tell a person."""
+        self._warnings.append(message)
+
+    def warnings(self) -> list[str]:
+        """All so far."""
+        return self._warnings
 
     def begin(self) -> None:
         """Workers have started (anew): why an earlier one gave up is no longer why the run ends."""
@@ -77,9 +86,13 @@ class RayWorker:
         if self.rank == 0:
             ray.get(monitor.begin.remote())
 
-    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Found]:
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Found]:
         """See `Worker`. Downloaded and verified once a machine."""
-        return self._keeper.find()
+        with self._keeper.find() as found:
+            for damage in found.damaged if self.rank == 0 else ():
+                self._monitor.warn.remote(f"{damage}; continuing from {found.name or 'the beginning'}")
+            yield found
 
     def save(
         self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from vidfuse.train.errors import CheckpointError
-from vidfuse.train.shelf import Damage, DamageError, Files, Found, Shelf, merged, newest_good, number_of
+from vidfuse.train.errors import CheckpointError, Damage, DamageError
+from vidfuse.train.shelf import Files, Found, Shelf, merged, newest_good, number_of
 
 UPLOAD_HOURS = 12
 """How long a rank waits for the others to have stored their part."""

@@ -2,7 +2,7 @@
 
     config.yaml      the resolved config; `--config` takes it
     run.json         git revision, versions, hardware, command, start
-    metrics.jsonl    one JSON object a line: `kind` is train, validation or event
+    metrics.jsonl    one JSON object a line: `kind` is train, validation, checkpoint or event
     tensorboard/     the same as events
     result.json      figures of the finished run
     report.html      the same for reading

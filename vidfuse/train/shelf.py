@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.fs as pafs
 
-from vidfuse.train.errors import CheckpointError
+from vidfuse.train.errors import CheckpointError, Damage, DamageError
 
 CHECKPOINTS, FILES, PREFIX = "checkpoints.json", "files.json", "step-"
 UNFINISHED = "nothing: it was not written to its end"
@@ -57,27 +57,6 @@ class Listed(NamedTuple):
 
 Files = dict[str, Listed]
 """Files of a checkpoint by their path in its folder."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Why a checkpoint cannot be used."""
-
-    checkpoint: str
-    file: str
-    expected: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"checkpoint {self.checkpoint}: {self.file}: expected {self.expected}, found {self.found}"
-
-
-class DamageError(CheckpointError):
-    """A checkpoint is not what was written."""
-
-    def __init__(self, checkpoint: str, file: str, *, expected: object, found: object) -> None:
-        self.damage = Damage(checkpoint, file, str(expected), str(found))
-        super().__init__(f"{self.damage}; it is damaged and was not used")
 
 
 @dataclass(frozen=True)
@@ -331,12 +310,6 @@ def number_of(name: str) -> int:
     """A checkpoint's number in the order of writing; -1 if the name has none."""
     parts = name.split("-")
     return int(parts[2]) if len(parts) == 4 and parts[2].isdigit() else -1
-
-
-def relist(folder: Path) -> None:
-    """Write the list of a local checkpoint anew, for one whose files were changed on purpose."""
-    shelf = Shelf(pafs.LocalFileSystem(), str(folder.parent))
-    shelf.close(folder.name, shelf.listed_in_place(folder.name), shelf.contents(folder.name)[1])
 
 
 def patiently(action: Callable[[], T]) -> T:
