@@ -24,7 +24,7 @@ from vidfuse.models import hubs, select, weights
 PUBLISHING = [
     name
     for name in select.names("backbones")
-    if "pretrained" in inspect.signature(select._builder("backbones", name)).parameters
+    if "pretrained" in inspect.signature(select.builder("backbones", name)).parameters
 ]
 INFLATED = ["i3d", "inception_i3d"]
 LICENSED = {"dinov3": "DINOv3 License", "videomae": "CC-BY-NC 4.0", "timesformer": "CC-BY-NC 4.0"}
