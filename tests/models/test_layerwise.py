@@ -63,8 +63,8 @@ def make(make_recognizer):
 
 def _changed(stream, changes):
     changes = dict(changes or {})
-    frozen = changes.pop("frozen", True)
-    return {"weights": None, **stream, "frozen": frozen, "options": {**stream["options"], **changes}}
+    given = {"frozen": True, "weights": None} | {key: changes.pop(key) for key in ("frozen", "adapters") if key in changes}
+    return {**stream, **given, "options": {**stream["options"], **changes}}
 
 
 def _clips(model=None, size=32, frames=4, count=2):
@@ -238,6 +238,32 @@ def test_checkpointed_is_plain(make, trained, every):
         assert a.grad is None or torch.equal(a.grad, b.grad), name
 
 
+@pytest.mark.parametrize("streams", ["vit", "dinov3", "vjepa2"])
+def test_adapters_in_the_blocks_are_trained(make, streams):
+    """They sit where the exchange does: after the attention, and in the half that follows."""
+    adapted = {"adapters": {"ratio": 0.05}}
+    plain = make(streams, semantic={**adapted, "tokens": "class"}, motion=adapted, dropout=0.1)
+    with torch.no_grad():
+        without = make(streams, semantic={"tokens": "class"}, dropout=0.1).eval()
+        assert torch.equal(plain.eval()(_clips()), without(_clips())), "untrained adapters change something"
+        draw = torch.Generator().manual_seed(6)
+        for parameter in plain.streams.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+        assert not torch.equal(plain(_clips()), without(_clips()))
+    checkpointed = copy.deepcopy(plain)
+    checkpoint_activations(checkpointed)
+    losses = [_loss(model.train(), _clips()) for model in (plain, checkpointed)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == losses[1].item()
+    trained = {name for name, p in plain.named_parameters() if p.requires_grad}
+    assert any(name.startswith("streams.semantic") for name in trained)
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert (a.grad is not None) == (name in trained), name
+        assert a.grad is None or (a.grad.any() and torch.equal(a.grad, b.grad)), name
+
+
 def test_checkpointing_keeps_fewer_activations(make):
     def kept(model):
         sizes = {}
@@ -363,7 +389,7 @@ def test_computes_in_bfloat16(make, cast):
 
 def test_the_preset_is_the_published_size():
     """Exchanges have the published block's parameters without its tables of positions (see test_bcast), 12 of them in 12 pairs of
-    blocks; the last one's reading by CLIP's patches is lost and not built."""
+    blocks; the last one's reading by CLIP's patches is lost and not built. Two adapters a block, down to a quarter."""
     with torch.device("meta"):
         model = model_of(get("ssv2_cast"))
         assert model(torch.empty(1, 16, 3, 224, 224, dtype=torch.uint8)).shape == (1, 174)
@@ -372,7 +398,13 @@ def test_the_preset_is_the_published_size():
     reader = (low * low + low) + (low * 2 * low + 2 * low) + (low * low + low) + (low * d + d)
     table = {part.name: part.trainable for part in parameter_table(model)}
     norms, head = 2 * 2 * d, 174 * 2 * d + 174
-    assert table == {"semantic": 0, "motion": 0, "fusion": 12 * (shared + 2 * reader) - reader + norms, "head": head}
+    adapters = 12 * 2 * (d * (d // 4) + d // 4 + (d // 4) * d + d)
+    assert table == {
+        "semantic": adapters,
+        "motion": adapters,
+        "fusion": 12 * (shared + 2 * reader) - reader + norms,
+        "head": head,
+    }
     assert len(model.fusion.exchanges) == 12 and list(model.fusion.exchanges) == list(range(1, 13))
     rates = [layer.drop[1].rate for layer in model.fusion.layers]
     assert rates[0] == 0 and rates == sorted(rates) and rates[-1] == pytest.approx(0.3)
