@@ -20,7 +20,6 @@ import ray
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -34,6 +33,7 @@ from vidfuse.on_ray.recovery import QuickTorchConfig, look_at_nodes
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
+from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
 from vidfuse.on_ray.worker import Monitor, RayWorker
 from vidfuse.train.checkpoint import STATE, State, check_matches
@@ -214,7 +214,7 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
     )
     with _following(monitor, on_progress, stop), look_at_nodes(elastic=room.least < room.most):

@@ -16,7 +16,6 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from vidfuse.config import Config
@@ -29,6 +28,7 @@ from vidfuse.on_ray.fit import open_set, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
+from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
 from vidfuse.train.checkpoint import load_weights, read_state
 from vidfuse.train.errors import RunError
@@ -58,7 +58,7 @@ def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:
     parts = folder.url.rpartition("/")
     settings = {"config": config.model_dump(mode="json"), "run": folder.url, "checkpoint": checkpoint}
     room = resources(config)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _score_worker, train_loop_config=settings, **ray_settings(config, room, folder.url, join("evaluate", split))
     )
     try:

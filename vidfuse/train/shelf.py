@@ -78,9 +78,10 @@ class Shelf:
     root: str
 
     def names(self) -> list[str]:
-        """All checkpoints, whole or not, in the order of writing."""
-        infos = self.filesystem.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
-        found = [i.base_name for i in infos if i.type == pafs.FileType.Directory and i.base_name.startswith(PREFIX)]
+        """All checkpoints, whole or not, in the order of writing. A folder without files, which some storage leaves, is none."""
+        infos = self.filesystem.get_file_info(pafs.FileSelector(self.root, recursive=True, allow_not_found=True))
+        files = (i.path[len(self.root) + 1 :] for i in infos if i.type == pafs.FileType.File)
+        found = {path.split("/")[0] for path in files if path.startswith(PREFIX) and "/" in path}
         return sorted(found, key=lambda name: (number_of(name), name))
 
     def contents(self, name: str) -> tuple[Files, dict[str, float]]:
