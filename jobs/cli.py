@@ -25,8 +25,15 @@ from vidfuse.config import Config, ConfigError, override, read_file
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 RAY_SETTINGS = {
-    # A worker that starts is a new process that imports torch and deepspeed; on a busy machine that takes its time.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # How long Ray Train waits for room for its workers before it looks again how many fit: a node that died after it looked.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # How often Ray Train asks its workers whether they live.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A node that does not answer five times in a row is dead: 5 s for one that is gone, 30 s for one that hangs (15 and 65 in Ray).
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
     # A reading process that waits for room in the buffer is kept; Ray would end it after a second and start another one.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -65,6 +72,7 @@ def main(job: Callable[[], int]) -> NoReturn:
     from vidfuse.on_ray.storage import StorageError
     from vidfuse.train.errors import CheckpointError, RunError
 
+    _log()
     try:
         code = job()
     except (ConfigError, DataError, StorageError, CheckpointError) as error:
@@ -77,6 +85,19 @@ def main(job: Callable[[], int]) -> NoReturn:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _log() -> None:
+    """Show what vidfuse has to tell (licences, parts of a weights file that are not used) on stderr, each line once."""
+    told: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        return not (record.getMessage() in told or told.add(record.getMessage()))  # type: ignore[func-returns-value]
+
+    handler = logging.StreamHandler()
+    handler.addFilter(first)
+    logging.getLogger("vidfuse").addHandler(handler)
+    logging.getLogger("vidfuse").setLevel(logging.INFO)
 
 
 def say(line: str = "") -> None:
@@ -115,7 +136,10 @@ def _module() -> str:
 
 
 def stop_event() -> threading.Event:
-    """An event that SIGTERM sets (a submitted job that is stopped, a preempted machine); a second one ends the process."""
+    """An event that SIGTERM sets (a submitted job that is stopped, a preempted machine); a second one ends the process.
+
+    To be called after `start_ray`: Ray puts a handler of its own in place, which ends the process at once.
+    """
     event = threading.Event()
 
     def handle(number: int, _: object) -> None:

@@ -8,10 +8,14 @@ same budget on single frames shows that. Everything is below the folder; the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,11 @@ from jobs import cli, local_store
 from vidfuse import presets
 from vidfuse.config import Config, override
 from vidfuse.data.layouts import read_layout
-from vidfuse.data.synthetic import render
 from vidfuse.on_ray import fit
 from vidfuse.on_ray.judge import judge, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
+from vidfuse.train.errors import RunError
 
 TRAIN, VALIDATION = 1092, 252
 """Videos of the splits."""
@@ -35,10 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything goes (default runs/demo)")
     folder = parser.parse_args(argv).folder
     started = time.monotonic()
-    with local_store.running(folder / "store", BUCKET):
-        cli.say(f"rendering {TRAIN + VALIDATION} videos")
-        render(folder / "videos", train=TRAIN, validation=VALIDATION)
+    with rendering(folder / "videos") as wait_for_videos, local_store.running(folder / "store", BUCKET):
         cli.start_ray()
+        wait_for_videos()
         cli.say("packing them to S3")
         packed = pack(prepare(read_layout(folder / "videos", "ssv2"), folder / "videos", f"s3://{BUCKET}/packed"))
         cli.say(f"{sum(split.samples for split in packed.manifest.splits.values())} samples in shards")
@@ -52,6 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.say(json.dumps(result, indent=1))
     cli.say(f"report: {report}")
     return 0
+
+
+@contextlib.contextmanager
+def rendering(folder: Path) -> Iterator[Callable[[], None]]:
+    """Render the videos in a process of their own while the servers come up; gives what waits for them."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.render", str(folder), "--train", str(TRAIN), "--validation", str(VALIDATION)]
+    )
+
+    def wait() -> None:
+        if process.wait():
+            raise RunError(f"the videos were not rendered (exit code {process.returncode}); what is there stays in {folder}")
+
+    try:
+        yield wait
+    finally:
+        process.send_signal(signal.SIGINT)  # so that it ends its own processes
+        process.wait()
 
 
 def train(config: Config) -> dict[str, Any]:

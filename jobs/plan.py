@@ -18,6 +18,9 @@ def show(config: Config) -> None:
     model = fit.check_model(config)
     for line in plan.parameter_lines(model):
         cli.say(line)
+    cli.say("\nweights")
+    for line in plan.weights_lines(config, model):
+        cli.say(f"  {line}")
     wanted = config.cluster.workers or fit.WORKERS_WITHOUT_GPU
     least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     cli.say(f"\nglobal batch {config.train.global_batch}")

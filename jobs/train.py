@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan.show(config)
         return 0
     fit.check(config)
-    stop = cli.stop_event()
     cli.start_ray()
+    stop = cli.stop_event()
     line = cli.ProgressLine(config.run.name)
     try:
         result = fit.fit(config, facts=cli.facts(), on_progress=line, stop=stop)

@@ -17,6 +17,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+HARMLESS = (
+    "data.url",
+    "data.buffer_bytes",
+    "data.prefetch_batches",
+    "data.block_bytes",
+    "data.cpus_per_task",
+    "data.unreadable_limit",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_every_samples",
+    "train.checkpoint_every_minutes",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+)
+"""Fields that do not alter a run's numbers: they may be others when it continues."""
+
 Option = bool | int | float | str | None | tuple[int | float | str, ...]
 
 
@@ -45,23 +60,71 @@ class Component(Section):
         return dict(self.__pydantic_extra__)
 
 
+class Adapters(Section):
+    """Bottleneck adapters in the blocks of a vision transformer that itself stays as it is."""
+
+    ratio: float = Field(0.25, gt=0)
+    """Width of an adapter's bottleneck, as a share of the tokens' width."""
+    placement: Literal["attention", "mlp", "both"] = "both"
+    """`attention`: one after each attention of a block; `mlp`: one beside its feed-forward part; `both`: all of them."""
+    scale: float = Field(0.5, gt=0)
+    """Factor of what the adapter beside the feed-forward part adds."""
+
+
+class Lora(Section):
+    """Low-rank updates of linear layers in the blocks of a vision transformer that itself stays as it is."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of an update."""
+    alpha: int = Field(16, ge=1)
+    """Updates are multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of what an update is given, in training."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers of a block by the end of their names (`qkv`, `mlp.fc1`). `null`: those of its attentions."""
+
+
 class Stream(Component):
     """A backbone of `models/backbones/`, and how it is trained."""
 
     frozen: bool = True
-    """Whether the backbone's weights stay as they are (no gradients, no stored activations, evaluation mode)."""
+    """Whether the backbone's weights stay as they are (no gradients, no stored activations, evaluation mode). With adapters or
+    LoRA these are trained all the same, and gradients pass through the backbone to reach them."""
+    adapters: Adapters | None = None
+    """Bottleneck adapters that are trained in a frozen vision transformer. `null`: none."""
+    lora: Lora | None = None
+    """Low-rank updates that are trained in a frozen vision transformer; with adapters, too, if both are given. `null`: none."""
     train_from_epoch: int = Field(0, ge=0)
-    """Epoch from which a stream that is not frozen is trained; until then it runs as a frozen one."""
+    """Epoch from which a stream that is not frozen, or its adapters and LoRA, are trained; until then it runs as a frozen one."""
     trained_blocks: int | None = Field(None, ge=1)
-    """How many of its last blocks are trained, and nothing else of it, where it is not frozen. `null`: all of it."""
+    """How many of its last blocks are trained, and nothing else of it, where it is not frozen; how many of them have adapters
+    and LoRA, where it is. `null`: all."""
     weights: str | None = None
-    """`None`: random from the seed; `pretrained`: the library's published weights; else a weights file (path or URL)."""
+    """`null`: random from the seed; `pretrained`: the backbone's published weights; else a file: a path, an `s3://` or `https://` URL,
+    `hf:OWNER/REPOSITORY[/FILE]`, `timm:MODEL` or `torchvision:NAME`. `...#sha256=HEX` states its hash."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """What is put into the backbone to be trained: `adapters`, `lora`, both or neither."""
+        return tuple(name for name in ("adapters", "lora") if getattr(self, name) is not None)
+
+    @property
+    def trained(self) -> bool:
+        """Whether any of it is: its own weights, or what is put into it."""
+        return not self.frozen or bool(self.added)
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> Stream:
         given = [name for name in ("train_from_epoch", "trained_blocks") if getattr(self, name)]
-        if self.frozen and given:
-            raise ValueError(f"{' and '.join(given)} is for a stream that is trained; frozen=false makes it one")
+        if given and not self.trained:
+            raise ValueError(
+                f"{' and '.join(given)} is for a stream that is trained; frozen=false makes it one, and so do adapters or lora"
+            )
+        if self.added and not self.frozen:
+            raise ValueError(
+                f"{' and '.join(self.added)} is trained in the place of the backbone's own weights: give frozen=true with it, "
+                f"or {'=null and '.join(self.added)}=null to train the backbone itself"
+            )
         return self
 
 
@@ -130,6 +193,9 @@ class ModelConfig(Section):
     """Dropout before the classifier."""
     max_trainable_parameters: int | None = None
     """A larger model is refused. `null`: no limit."""
+    weights: str | None = None
+    """`model.safetensors` of another run's checkpoint (path or `s3://` URL; `...#sha256=HEX` states its hash) that the whole model
+    starts from. A head of another number of classes is made anew. A run that continues does not read it again. `null`: none."""
 
     @model_validator(mode="after")
     def _has_stream(self) -> ModelConfig:
@@ -158,8 +224,8 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moment estimates."""
     layer_decay: float | None = Field(None, gt=0, le=1)
-    """Learning rate of a trained backbone's block, as a share of the next one's; the last block's as a share of the head's.
-    `null`: all are equal."""
+    """Learning rate of a trained backbone's block, as a share of the next one's; the last block's as a share of the head's. The
+    same of exchanges between blocks. `null`: all are equal."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest norm of the global gradient. `null`: no clipping."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
@@ -180,7 +246,14 @@ class TrainConfig(Section):
     early_stopping_epochs: int | None = Field(None, ge=1)
     """Epochs without a better validation top-1 after which training ends. `null`: never."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints inside an epoch. `null`: only after validations."""
+    """Optimizer steps between checkpoints, besides those after validations. `null`: not by steps."""
+    checkpoint_every_samples: int | None = Field(None, ge=1)
+    """Samples between checkpoints, besides those after validations. `null`: not by samples."""
+    checkpoint_every_minutes: float | None = Field(None, gt=0)
+    """Minutes between checkpoints, besides those after validations. `null`: not by time."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay on the storage; the one with the best validation top-1 stays besides. With 1 there
+    is none to go back to if it is damaged."""
     log_every_steps: int = Field(10, ge=1)
     """Optimizer steps between lines of metrics.jsonl (and TensorBoard points)."""
 
@@ -213,6 +286,8 @@ class ClusterConfig(Section):
     """Train workers; `[least, most]` is elastic. `null`: one per GPU of the cluster, or 2 where there is none."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs reserved for one Train worker."""
+    resize_seconds: float = Field(60.0, gt=0)
+    """Seconds between looks whether an elastic run can have more workers; taking them restarts all from the last checkpoint."""
     max_failures: int = Field(3, ge=-1)
     """Restarts from the last checkpoint before the run is given up; -1 is Ray's own word for no limit."""
 
@@ -262,8 +337,9 @@ class Config(Section):
     def digest(self) -> str:
         """Hash of what decides the numbers of a run (storage, name, cluster and evaluation do not)."""
         part = self.model_dump(mode="json", include={"seed", "data", "model", "train"})
-        for harmless in ("url", "buffer_bytes", "prefetch_batches", "block_bytes", "cpus_per_task", "unreadable_limit"):
-            part["data"].pop(harmless)
+        for path in HARMLESS:
+            section, _, field = path.partition(".")
+            part[section].pop(field)
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
 

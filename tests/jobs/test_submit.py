@@ -109,6 +109,7 @@ def test_submit_stop_and_continue(cluster, s3, tmp_path):
     wait(cluster, "first", "epoch 1/40")
     call(RAY, "job", "stop", "first", env=cluster)
     folder = RunFolder.at(f"{runs}/demo")
+    assert folder.json("result.json")["state"] == "stopped"  # in order, not merely ended
     stopped = folder.state(folder.checkpoints()["last"])
     assert 0 < stopped.step < 240
     shorter = [word.replace("train.epochs=40", f"train.epochs={stopped.epoch + 2}") for word in settings]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights, r2plus1d_18
 
-from vidfuse.models import select, weights
+from vidfuse.models import hubs, select, weights
 
 
 def _parameters(model):
@@ -390,28 +390,26 @@ PAGES = {
 
 
 @pytest.mark.parametrize(("name", "file"), PAGES.items())
-def test_without_network_the_error_names_the_file_to_get(monkeypatch, name, file):
-    import torchvision.models._api
-
+def test_without_network_the_error_names_the_file_to_get(monkeypatch, tmp_path, name, file):
     def unreachable(*_args, **_kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
-    with torch.device("meta"), pytest.raises(ValueError, match=r"cannot be fetched .no route to host") as caught:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(hubs, "_answer", unreachable)
+    with pytest.raises(ValueError, match=r"cannot be fetched .no route to host") as caught:
         select.build("backbones", name, frames=8, size=32, pretrained=True)
     assert file in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "published"), [("c3d", "mmaction"), ("c3d", "nested"), ("inception_i3d", "port")])
-def test_published_weights_are_put_in(monkeypatch, name, published):
+def test_published_weights_are_put_in(monkeypatch, tmp_path, name, published):
     states = {"mmaction": lambda: c3d_file("mmaction"), "nested": lambda: {"state_dict": c3d_file("mmaction")}}
     states["port"] = lambda: inception_file(counted=False)
     found = states[published]()
     asked = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.append((url, options)) or found)
+    torch.save(found, tmp_path / "file.pth")
+    monkeypatch.setattr(weights, "from_url", lambda url, what: asked.append(url) or tmp_path / "file.pth")
     model = select.build("backbones", name, frames=8, size=32, pretrained=True)
-    (url, options) = asked[0]
-    assert PAGES[name] in url and options["weights_only"] is True
+    assert PAGES[name] in asked[0]
     flat = found.get("state_dict", found)
     assert all(torch.equal(value, flat[key]) for key, value in model.state_dict().items() if "tracked" not in key)

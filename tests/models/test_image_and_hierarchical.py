@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import video
 from torchvision.ops import StochasticDepth
 
-from vidfuse.models import select, weights
+from vidfuse.models import hubs, select, weights
 
 MVIT = {"v2s": video.MViT_V2_S_Weights.KINETICS400_V1, "v1b": video.MViT_V1_B_Weights.KINETICS400_V1}
 SWIN = {
@@ -411,29 +411,25 @@ def test_torchvisions_file_fits_every_variant_and_no_other(name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), BUILDERS)
-def test_published_weights_of_videos_are_torchvisions(name, variant, monkeypatch):
-    import torchvision.models._api
-
+def test_published_weights_of_videos_are_torchvisions(name, variant, monkeypatch, tmp_path):
     with torch.device("meta"):
         state = BUILDERS[name, variant](weights=None).state_dict()
-    asked = []
-
-    def downloaded(url, **_):
-        asked.append(url)
-        return state
-
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", downloaded)
-    _fresh(name, pretrained=True, variant=variant)
+    torch.save({key: torch.zeros(1).expand(value.shape) for key, value in state.items()}, tmp_path / "file.pth")
     published = (MVIT if name == "mvit" else SWIN)[variant]
-    assert asked == [published.url]
 
     def unreachable(*_args, **_kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(hubs, "_answer", unreachable)
+    missing = weights.loaded(_fresh(name, pretrained=True, variant=variant)).missing
     with pytest.raises(ValueError, match=r"no route to host.*give weights=<its path>") as caught:
-        _fresh(name, pretrained=True, variant=variant)
+        missing.ask()
     assert published.url in str(caught.value)
+    assert published.url.rpartition("-")[2] == f"{missing.digest}.pth"
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "file.pth").rename(tmp_path / "hub/checkpoints" / published.url.rpartition("/")[2])
+    assert weights.loaded(_fresh(name, pretrained=True, variant=variant)).missing is None
 
 
 @pytest.mark.parametrize(
@@ -458,7 +454,7 @@ def test_published_weights_of_pictures_are_where_timm_has_them(name, variant, mo
     file = tmp_path / "model.safetensors"
     file.touch()
 
-    def cached(repository, _file):
+    def cached(repository, _file, revision):
         asked.append(repository)
         return str(file)
 

@@ -82,7 +82,7 @@ def test_transformer_tokens_are_timms_own(name, size, variant):
 
 def test_transformer_positions_are_frames_and_patch_centres():
     model = _meta("dinov3", size=32)
-    positions = model._positions(torch.empty(1, 4, 3, 32, 32))
+    positions = model(torch.empty(1, 4, 3, 32, 32, device="meta")).positions
     frame = positions[5:10]  # the second of four frames
     assert torch.equal(frame[:, 0], torch.full((5,), 1.5 / 4))
     assert frame[:, 1:].tolist() == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]

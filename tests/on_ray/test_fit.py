@@ -15,8 +15,9 @@ from vidfuse.on_ray import fit
 from vidfuse.on_ray.judge import judge, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.on_ray.storage import join, read_bytes
+from vidfuse.on_ray.storage import join, read_bytes, write_bytes
 from vidfuse.train.errors import CheckpointError
+from vidfuse.train.shelf import FILES
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 TRAIN, VALIDATION = 21, 10
@@ -103,14 +104,20 @@ def test_a_run_leaves_its_records(whole):
     assert record["best"] in record["scores"]
 
 
-def test_best_and_last_are_kept_and_no_other(whole):
+def test_the_last_two_and_the_best_are_kept_and_no_other(whole):
     config, *_ = whole
     folder = RunFolder.of(config.run)
     infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.root, recursive=True))
     files = [info.path.removeprefix(f"{folder.root}/") for info in infos if info.type == pafs.FileType.File]
     kept = {path.split("/")[0] for path in files if path.startswith("step-")}
     record = folder.checkpoints()
-    assert kept == {record["best"], record["last"]}
+    assert kept == {record["best"], *folder.shelf.names()[-config.train.keep_checkpoints :]}
+    assert record["last"] == folder.shelf.names()[-1]
+    for name in kept:
+        folder.shelf.verify(name)
+    listed = folder.shelf.contents(record["last"])[0]
+    assert {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)} <= {path.split("/")[-1] for path in listed}
+    assert {path for path in files if path.startswith(record["last"])} == {f"{record['last']}/{p}" for p in (*listed, FILES)}
 
 
 def test_one_worker_is_two_workers(whole, config):
@@ -128,6 +135,49 @@ def test_stopped_and_continued_is_unbroken(whole, config):
     result, _ = train(broken)
     assert result["state"] == "finished" and result["steps"] == 6
     assert losses(broken) == losses(whole[0])
+
+
+def flip(folder, path):
+    content = bytearray(read_bytes(folder.filesystem, join(folder.root, path)))
+    content[len(content) // 2] ^= 1
+    write_bytes(folder.filesystem, join(folder.root, path), bytes(content))
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_training_and_in_scoring(whole, config, caplog):
+    """One flipped bit in rank 1's optimizer state: the one before is used, said in the records, and the losses are the same."""
+    damaged = override(config, ["run.name=damaged", "train.keep_checkpoints=9"])
+    train(damaged)
+    folder = RunFolder.of(damaged.run)
+    folder.filesystem.delete_file(join(folder.root, "result.json"))  # as if it had ended just before it was done
+    before, last = folder.shelf.names()[-2:]
+    flip(folder, f"{last}/zero/state/zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    result, _ = train(damaged)
+    assert result["state"] == "finished" and losses(damaged) == losses(whole[0])
+    (event,) = [line for line in metrics(damaged) if line["kind"] == "event"]
+    assert (event["what"], event["checkpoint"], event["used"]) == ("damaged_checkpoint", last, before)
+    assert event["file"].endswith("zero_pp_rank_1_mp_rank_00_optim_states.pt") and event["expected"] != event["found"]
+    assert last not in folder.shelf.names()
+    assert any(
+        last in r.message and event["file"] in r.message and before in r.message for r in caplog.records
+    )  # at the driver
+
+    scores = folder.checkpoints()["scores"]
+    best = folder.checkpoints()["best"]
+    (other,) = set(scores) - {best}
+    flip(folder, f"{best}/model.safetensors")
+    judgement = judge(folder, folder.config(), "best", facts={})
+    assert (judgement.checkpoint, judgement.scores.top1.value) == (other, scores[other])
+    assert judgement.result()["damaged"][0]["file"] == "model.safetensors" and best in judgement.lines()[0]
+    flip(folder, f"{other}/state.json")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of the run is good.*model\.safetensors.*state\.json"):
+        judge(folder, folder.config(), "best", facts={})
+
+
+def test_checkpoints_are_stored_while_training_goes_on(whole):
+    """What training waited for each of them is in the records, which reach as far as the last of them."""
+    lines = metrics(whole[0])
+    assert [line["step"] for line in lines if line["kind"] == "checkpoint"][:3] == [2, 3, 4]
+    assert all(line["stall_seconds"] > 0 for line in lines if line["kind"] == "checkpoint")
 
 
 def test_a_finished_run_is_told_and_more_epochs_go_on(whole):

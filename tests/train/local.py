@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ from vidfuse.data.sampling import World, generator
 from vidfuse.data.shards import Manifest, ShardInfo, SplitIndex, SplitInfo
 from vidfuse.train.loop import Result, run
 from vidfuse.train.record import read_metrics
+from vidfuse.train.shelf import Shelf
 from vidfuse.train.worker import LocalWorker
 
 CLASSES = 4
@@ -172,3 +174,9 @@ def losses(folder: Path) -> list[float]:
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
+
+
+def relist(folder: Path) -> None:
+    """Write the list of a local checkpoint anew, for one whose files were changed on purpose."""
+    shelf = Shelf(pafs.LocalFileSystem(), str(folder.parent))
+    shelf.close(folder.name, shelf.listed_in_place(folder.name), shelf.contents(folder.name)[1])

@@ -83,12 +83,12 @@ def test_resumed_is_unbroken_bit_for_bit(tmp_path, stage):
     execute(whole)
     assert execute(Job(broken, tmp_path / "broken", crash_after=5)) is None  # dies in step 6; the last checkpoint is at 4
     state = json.loads((tmp_path / "broken" / "checkpoints.json").read_text())
-    assert state["last"] == "step-00000004"
+    assert state["last"].startswith("step-00000004-")
     execute(Job(broken, tmp_path / "broken"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumed_at_another_world_size_is_unbroken(tmp_path, stage):
     whole = Job(config(train__zero_stage=stage), tmp_path / "whole")
     resized = config(train__zero_stage=stage, train__checkpoint_every_steps=2)

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.train.local import Job, config, execute, losses, packed, pull
+from tests.train.local import Job, config, execute, losses, packed, pull, relist
 from vidfuse.data.batch import SampleError
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
@@ -82,6 +82,7 @@ def test_other_frozen_weights_are_refused(tmp_path):
     state = json.loads((tmp_path / name / "state.json").read_text())
     state["frozen"]["semantic"] = "0" * 64
     (tmp_path / name / "state.json").write_text(json.dumps(state))
+    relist(tmp_path / name)
     with pytest.raises(CheckpointError, match="frozen semantic stream has other weights"):
         execute(Job(config(train__epochs=2), tmp_path))
 

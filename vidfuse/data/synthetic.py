@@ -44,7 +44,7 @@ from vidfuse.data.pictures import (
 
 Split = Literal["train", "validation", "test"]
 
-VERSION = 2
+VERSION = 3
 """Of the pictures: videos of different versions or seeds never share a folder."""
 PHASES = ("x", "y", "angle", "size", "other_x", "other_y")
 """What the phases say: place, angle and size of the moved object, place of the other one."""
@@ -52,7 +52,7 @@ HEIGHT = 240
 """Height of every video, pixels."""
 WIDTHS = (256, 288, 320, 360)
 """Widths of videos, pixels."""
-FRAME_RATES = (12, 12, 12, 15, 24, 30)
+FRAME_RATES = (12, 12, 12, 12, 12, 12, 12, 12, 12, 15, 24, 30)
 """Frames a second."""
 SECONDS = (2.0, 6.0)
 """Shortest and longest video, seconds; the median is about 2.4."""

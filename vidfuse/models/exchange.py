@@ -114,6 +114,25 @@ def attend_in(
     return torch.cat(reads, dim=1)[:, order], weights
 
 
+class StochasticDepth(nn.Module):
+    """A residual branch that is left out for some clips in training, and scaled up for the others (arXiv:1603.09382).
+
+    Args:
+        rate: Share of clips.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The branch of clips that keep it, zeros for others."""
+        if not self.training or self.rate == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * (kept / (1 - self.rate)).to(branch.dtype)
+
+
 class BottleneckExchange(nn.Module):
     """Cross-attention of two streams inside a bottleneck: B-CAST (Lee et al. 2023, arXiv:2311.18825, figure 3).
 
@@ -131,6 +150,7 @@ class BottleneckExchange(nn.Module):
         windows: What the queries look along: `time_space` semantic along time and motion along space, as published;
             `space_time` the other way round; `none` over the whole clip.
         dropout: Dropout of attention weights and of the residual branches.
+        stochastic_depth: Share of clips that a reader adds nothing to in training; what it adds to others is scaled up.
 
     Raises:
         ValueError: heads that do not divide the bottleneck, or a bottleneck below 6.
@@ -145,6 +165,7 @@ class BottleneckExchange(nn.Module):
         direction: Direction = "both",
         windows: WindowsOption = "time_space",
         dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         if bottleneck < 6:
@@ -154,7 +175,7 @@ class BottleneckExchange(nn.Module):
         self.down = nn.ModuleDict(down)
         self.attention = nn.ModuleDict({f"{a}_to_{b}": Attention(bottleneck, heads, dropout) for a, b in self.pairs})
         self.up = nn.ModuleDict({a: nn.Sequential(nn.GELU(), nn.Linear(bottleneck, widths[a])) for a, _ in self.pairs})
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
         for up in self.up.values():
             for parameter in cast(nn.Sequential, up)[1].parameters():
                 nn.init.zeros_(parameter)
@@ -170,21 +191,25 @@ class BottleneckExchange(nn.Module):
         masks: Mapping[str, Bool[Tensor, "B _"] | None],
         meeting: Mapping[str, Sequence[Window]],
         *,
+        added_only: bool = False,
         return_attention: bool = False,
     ) -> tuple[dict[str, Float[Tensor, "B _ _"]], dict[str, Float[Tensor, "B h Q K"]]]:
-        """Values of both streams after the exchange, and attention by name (`semantic_to_motion`) if asked for."""
+        """Values of both streams after the exchange, and attention by name (`semantic_to_motion`) if asked for.
+
+        With `added_only` what the exchange adds to the values, of the streams that read.
+        """
         low = {name: down(values[name]) for name, down in self.down.items()}
-        after, seen = dict(values), {}
+        added, seen = {}, {}
         for a, b in self.pairs:
             name = f"{a}_to_{b}"
             x, y = (low[n] + self._placed(positions[n], self.along[a], low[n]) for n in (a, b))
             read, weights = attend_in(
                 meeting[name], cast(Attention, self.attention[name]), x, y, masks[b], return_attention=return_attention
             )
-            after[a] = values[a] + self.drop(self.up[a](read))
+            added[a] = self.drop(self.up[a](read))
             if weights is not None:
                 seen[name] = weights
-        return after, seen
+        return (added if added_only else {n: v + added[n] if n in added else v for n, v in values.items()}), seen
 
     def _placed(self, positions: Float[Tensor, "N 3"], along: Along, like: Tensor) -> Float[Tensor, "N d"]:
         spanned = torch.tensor([axis in SPANNED[along] for axis in range(3)], device=positions.device)

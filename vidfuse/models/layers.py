@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vidfuse.models.parts import Tokens
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ SAME_PLACE = 1e-4
 """Distances that differ by less, in clips, are equal: rounding of positions is below it, grids of up to 1000 cells above."""
 LONGEST_WAVE = 2.0
 """Longest wavelength of `encode_positions`, in clips: ends of a clip never coincide."""
+VIT_BLOCKS: Mapping[str, int] = MappingProxyType({"s": 12, "b": 12, "l": 24, "h": 32, "g": 40})
+"""Blocks of the image transformers by the letter of their size (Zhai et al. 2022, arXiv:2106.04560, table 2; DINOv2's g is 40 deep)."""
 SHORTEST_WAVE = 1 / 16
 """Shortest wavelength of `encode_positions`, in clips: tells neighbours in a grid of up to 32 apart."""
 
@@ -72,6 +75,8 @@ class FrameViT(nn.Module):
         tokens: `all` the class token and the patches of each frame, `class` or `patch` only these.
         adapt: Turns a published file's state into that of `vit` (timm's own `checkpoint_filter_fn`).
         licence: What a user of the published weights must know; told when weights are loaded. `None`: nothing.
+        frame_stride: Of so many frames in a row the last stands for all of them, at their centre.
+        later: Blocks of a published file that come after the model's and are not used.
     """
 
     def __init__(
@@ -81,10 +86,15 @@ class FrameViT(nn.Module):
         tokens: Literal["all", "class", "patch"],
         adapt: Callable[..., dict[str, Tensor]],
         licence: str | None = None,
+        frame_stride: int = 1,
+        later: Sequence[int] = (),
     ) -> None:
         super().__init__()
         timm_model = cast(Any, vit)
+        timm_model.forward = partial(_all_or_embedding, timm_model, timm_model.forward)
         self.vit = vit
+        self.frame_stride = frame_stride
+        self._later = tuple(f"blocks.{number}." for number in later)
         self.tokens = tokens
         self.width: int = timm_model.embed_dim
         self.mean: tuple[float, float, float] = tuple(timm_model.pretrained_cfg["mean"])
@@ -98,18 +108,47 @@ class FrameViT(nn.Module):
         """The transformer's blocks."""
         return tuple(cast(nn.ModuleList, self.vit.blocks))
 
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block; LayerScale, where a model has it, comes after them."""
+        return tuple(Branches({"attn": block.attn}, (block.mlp,)) for block in cast(Sequence[Any], self.blocks))
+
+    @property
+    def halfway(self) -> Sequence[nn.Module]:
+        """Of each block the last module of its attention's branch, stochastic depth or nothing."""
+        return tuple(block.drop_path1 for block in cast(Sequence[Any], self.blocks))
+
+    @property
+    def patches_count(self) -> bool:
+        """Whether patches are given."""
+        return self.tokens != "class"
+
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """Tokens frame by frame; in a frame the class token first, then patches row by row."""
-        frames = rearrange(clip, "B T C H W -> (B T) C H W")
-        values = self._kept(self.vit(frames))
-        values = rearrange(values, "(B T) n D -> B (T n) D", T=clip.shape[1])
-        return Tokens(values, self._positions(clip))
+        frames = self._frames(clip)
+        return self._tokens(self.vit(rearrange(frames, "B T C H W -> (B T) C H W")), self._grid(frames))
+
+    def begin(self, clip: Float[Tensor, "B T C H W"]) -> Underway:
+        """Each frame's tokens before the first block."""
+        frames = self._frames(clip)
+        values, *rotary = self.vit(rearrange(frames, "B T C H W -> (B T) C H W"), embedding_only=True)
+        return Underway(
+            values,
+            self._grid(frames),
+            rows=frames.shape[1],
+            prefix=cast(int, self.vit.num_prefix_tokens),
+            keywords={"rope": rotary[0]} if rotary else {},
+        )
+
+    def end(self, underway: Underway) -> Tokens:
+        """Tokens as of a call, of values after the last block."""
+        return self._tokens(cast(nn.Module, self.vit.norm)(underway.values), underway.grid)
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of a published file (timm's or the authors') under this module's names, without its classifier."""
         if all(key.startswith("vit.") for key in state):
             return dict(state)
-        adapted = without(self._adapt(dict(state), self.vit), ("head.",), said=type(self.vit).__name__)
+        adapted = without(self._adapt(dict(state), self.vit), ("head.", *self._later), said=type(self.vit).__name__)
         return {f"vit.{key}": value for key, value in adapted.items()}
 
     def _kept(self, values: Float[Tensor, "F n D"]) -> Float[Tensor, "F m D"]:
@@ -117,9 +156,29 @@ class FrameViT(nn.Module):
         chosen = {"class": values[:, :1], "patch": values[:, prefix:]}
         return torch.cat(tuple(chosen.values()), dim=1) if self.tokens == "all" else chosen[self.tokens]
 
-    def _positions(self, clip: Float[Tensor, "B T C H W"]) -> Float[Tensor, "N 3"]:
-        frames, height, width = clip.shape[1], clip.shape[3] // self.patch, clip.shape[4] // self.patch
-        return frame_positions(frames, height, width, tokens=self.tokens)
+    def _frames(self, clip: Float[Tensor, "B T C H W"]) -> Float[Tensor, "B t C H W"]:
+        return clip[:, self.frame_stride - 1 :: self.frame_stride]
+
+    def _grid(self, frames: Float[Tensor, "B t C H W"]) -> tuple[int, int, int]:
+        return frames.shape[1], frames.shape[3] // self.patch, frames.shape[4] // self.patch
+
+    def _tokens(self, values: Float[Tensor, "F n D"], grid: tuple[int, int, int]) -> Tokens:
+        kept = rearrange(self._kept(values), "(B T) n D -> B (T n) D", T=grid[0])
+        return Tokens(kept, frame_positions(*grid, tokens=self.tokens))
+
+
+def _all_or_embedding(
+    vit: Any, forward: Callable[..., Tensor], frames: Float[Tensor, "F C H W"], *, embedding_only: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """A timm transformer's own forward, or what it begins with: tokens before the first block, and their rotary positions.
+
+    The class token and positions are the transformer's own parameters, so that both have to be calls of it (ZeRO-3).
+    """
+    if not embedding_only:
+        return forward(frames)
+    placed = vit._pos_embed(vit.patch_embed(frames))
+    values, *rotary = placed if isinstance(placed, tuple) else (placed,)
+    return vit.norm_pre(values), *(r for r in rotary if r is not None)
 
 
 class _OwnBatchNorm(_BatchNorm):
@@ -216,7 +275,8 @@ def without(state: Mapping[str, Tensor], prefixes: tuple[str, ...], *, said: str
     """A published state less the tensors of parts that are not here, which are counted in the log."""
     kept = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     if len(kept) < len(state):
-        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(prefixes))
+        found = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)]
+        log.info("%s: %d tensors of the file are not used (%s)", said, len(state) - len(kept), ", ".join(found))
     return kept
 
 
@@ -476,6 +536,18 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} is a share of at least 0 and below 1, given {value:g}")
 
 
+def drop_rates(highest: float, blocks: int) -> list[float]:
+    """Stochastic depth of each block: from none in the first to `highest` in the last, in equal steps.
+
+    Huang et al. 2016 (arXiv:1603.09382, section 3), from zero as in DeiT (Touvron et al. 2021, arXiv:2012.12877) and timm.
+
+    Raises:
+        ValueError: `highest` is no share.
+    """
+    check_share("stochastic_depth", highest)
+    return [highest * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
 def check_patch(size: int, patch: int) -> None:
     """Refuse a clip that the patches do not tile.
 
@@ -498,6 +570,17 @@ def check_tubelet(frames: int, tubelet: int) -> None:
         below, above = frames // tubelet * tubelet, (frames // tubelet + 1) * tubelet
         near = f"{below} and {above}" if below > 0 else f"{tubelet}"
         raise ValueError(f"{frames} frames are not tiled by tubelets of {tubelet} frames; nearest that are: {near}")
+
+
+def check_stride(frames: int, frame_stride: int) -> None:
+    """Refuse a distance of frames that does not tile the clip.
+
+    Raises:
+        ValueError: `frame_stride` does not divide `frames`.
+    """
+    if frame_stride < 1 or frames % frame_stride:
+        fitting = ", ".join(str(n) for n in range(1, frames + 1) if frames % n == 0)
+        raise ValueError(f"frame_stride={frame_stride} does not divide {frames} frames; those that do: {fitting}")
 
 
 def kept_blocks(depth: int | None, blocks: int) -> int:

@@ -8,7 +8,7 @@ it (parts and their sizes, what is trained, the frozen streams' digest) and how 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from vidfuse.models import select, weights
+from vidfuse.models import adapt, lockstep, select, weights
 from vidfuse.models.layers import Normalize, check_share
-from vidfuse.models.parts import Backbone, Fused, Fusion, Tokens
+from vidfuse.models.parts import Backbone, Fused, Fusion, Interleaved, Stepwise, Tokens
 from vidfuse.models.precision import bfloat16_arithmetic
 
 
@@ -50,7 +50,11 @@ class Recognizer(nn.Module):
         head: Classifies the feature.
         frozen: Streams that are not trained: no gradients, evaluation mode also under `train()`.
 
-    `held` streams are trained later: for now they run as frozen ones do (see `hold`).
+    Frozen streams that were given adapters or LoRA are `adapted`: these parts of them are trained, and gradients pass through the
+    rest. `held` streams are trained later: for now they run as frozen ones do (see `hold`).
+
+    With an `Interleaved` fusion the streams run in step, exchanges between their blocks. Then gradients pass through frozen streams,
+    to what was exchanged earlier, and their blocks are among those that recompute their activations.
     """
 
     def __init__(
@@ -63,8 +67,13 @@ class Recognizer(nn.Module):
         self.head = head
         self.frozen = frozenset(frozen)
         self.held: frozenset[str] = frozenset()
+        self.adapted = frozenset(name for name in self.frozen if adapt.added(streams[name]))
+        self.interleaved = isinstance(fusion, Interleaved)
+        self.recomputes_steps = False
         for name in self.frozen:
             self.streams[name].requires_grad_(False)
+        for part in self._added(self.adapted):
+            part.requires_grad_(True)
         self.train(self.training)
 
     @overload
@@ -79,28 +88,66 @@ class Recognizer(nn.Module):
         Arithmetic is that of the parameters' dtype (an engine may have cast them), or autocast's.
         """
         with bfloat16_arithmetic(clips):
-            streams = {name: self._tokens(name, clips) for name in self.streams}
+            streams, exchanged = self._tokens_of_all(clips, return_attention)
             fused: Fused = self.fusion(streams, return_attention=return_attention)
             logits = self.head(fused.feature).float()
-        return (logits, fused.attention) if return_attention else logits
+        return (logits, {**exchanged, **fused.attention}) if return_attention else logits
 
     def train(self, mode: bool = True) -> Recognizer:
-        """Set training mode, except for frozen and held streams."""
+        """Set training mode, except for frozen and held streams; of adapted ones for what was added."""
         super().train(mode)
         for name in self.frozen | self.held:
             self.streams[name].eval()
+        for part in self._added(self.adapted - self.held):
+            part.train(mode)
         return self
 
+    def check_hold(self, names: Collection[str]) -> None:
+        """Refuse streams that are to wait and cannot.
+
+        Raises:
+            ValueError: streams run in step, so that gradients pass through them.
+        """
+        if names and self.interleaved:
+            raise ValueError(
+                f"{' and '.join(sorted(names))} cannot wait for a later epoch (train_from_epoch) where the fusion exchanges between "
+                "blocks: gradients pass through both streams from the start; train from epoch 0, or freeze"
+            )
+
     def hold(self, names: Collection[str]) -> None:
-        """Have these streams, and no others, wait: until the next call they run without gradients, in evaluation mode."""
+        """Have these streams, and no others, wait: until the next call they run without gradients, in evaluation mode.
+
+        Raises:
+            ValueError: they cannot (see `check_hold`).
+        """
+        self.check_hold(names)
         self.held = frozenset(names)
         self.train(self.training)
 
+    def _tokens_of_all(self, clips: Tensor, return_attention: bool) -> tuple[dict[str, Tokens], Mapping[str, Tensor]]:
+        """Tokens of each stream, and attention that was paid on the way."""
+        if not self.interleaved:
+            return {name: self._tokens(name, clips) for name in self.streams}, {}
+        streams, exchanges = _in_step(self)
+        inputs = {name: self.normalize[name](clips, _dtype(self.streams[name])) for name in streams}
+        tokens, seen = lockstep.run_in_step(streams, inputs, exchanges, run=self._step, return_attention=return_attention)
+        dtype = _dtype(self.fusion, self.head)
+        return {name: replace(t, values=t.values.to(dtype)) for name, t in tokens.items()}, seen
+
+    def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A step of streams that run in step, computed again in backward if so wished."""
+        if not (self.recomputes_steps and self.training and torch.is_grad_enabled()):
+            return step(*args, **kwargs)
+        return checkpoint(_as_in_forward(step), *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+
     def _tokens(self, name: str, clips: Tensor) -> Tokens:
         stream = self.streams[name]
-        with torch.no_grad() if name in self.frozen | self.held else nullcontext():
+        with torch.no_grad() if name in (self.frozen - self.adapted) | self.held else nullcontext():
             tokens: Tokens = stream(self.normalize[name](clips, _dtype(stream)))
         return replace(tokens, values=tokens.values.to(_dtype(self.fusion, self.head)))
+
+    def _added(self, names: Collection[str]) -> list[nn.Module]:
+        return [part for name in sorted(names) for part in adapt.added(self.streams[name])]
 
 
 class Part(NamedTuple):
@@ -132,28 +179,29 @@ def build_recognizer(
         classes: K.
         frames: T of a clip.
         size: Height and width of a clip, in pixels.
-        semantic: `{"name", "frozen", "trained_blocks", "weights", "options"}` of the image stream; `weights` is `None` (random),
-            `"pretrained"` or a file (see `weights.load`); of `trained_blocks`, if given, see `_fix`. `None`: no such stream.
+        semantic: `{"name", "frozen", "trained_blocks", "weights", "options", "adapters", "lora"}` of the image stream; `weights` is
+            `None` (random), `"pretrained"`, a file or a published one (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of
+            `adapters` and `lora` `adapt.extend`. `None`: no such stream.
         motion: The same of the video stream.
         fusion: `{"name", "options"}`.
         head_dropout: Dropout before the classifier.
         seed: Source of random weights.
 
     Raises:
-        ValueError: no stream, an unknown component, an option it refuses, weights that do not fit, or too many blocks.
+        ValueError: no stream, an unknown component, an option it refuses, weights that do not fit, too many blocks, adapters or
+            LoRA in what is no vision transformer or is trained itself.
     """
     wanted = {name: spec for name, spec in (("semantic", semantic), ("motion", motion)) if spec is not None}
     if not wanted:
         raise ValueError("a recogniser has a semantic stream, a motion stream or both; both are None")
     streams = {name: _stream(name, spec, frames=frames, size=size, seed=seed) for name, spec in wanted.items()}
     for name, spec in wanted.items():
-        if not spec.get("frozen", True) and spec.get("trained_blocks") is not None:
-            _fix(name, streams[name], spec["trained_blocks"])
+        _choose_trained(name, streams[name], spec, seed=seed)
     widths = {name: cast(Backbone, stream).width for name, stream in streams.items()}
     options = dict(fusion.get("options") or {})
     select.check_options("fusion", fusion["name"], options)
     with _seeded(seed, "fusion"):
-        fused = select.build("fusion", fusion["name"], widths=widths, **options)
+        fused = select.build("fusion", fusion["name"], widths=widths, streams=streams, **options)
     with _seeded(seed, "head"):
         head = LinearHead(cast(Fusion, fused).width, classes, head_dropout)
     return Recognizer(streams, fused, head, frozen=[name for name, spec in wanted.items() if spec.get("frozen", True)])
@@ -168,7 +216,8 @@ def parameter_table(model: Recognizer) -> list[Part]:
 def frozen_digest(model: Recognizer) -> dict[str, str]:
     """SHA-256 of what is fixed of each stream: names, shapes and float32 bytes of its state, without parameters that are trained.
 
-    Of a stream that is not frozen it is of the fixed parameters alone (see `trained_blocks`), since its buffers may move.
+    Of a stream that is not frozen it is of the fixed parameters alone (see `trained_blocks`), since its buffers may move. Of an
+    adapted one it is the plain backbone's.
 
     Taken before an engine casts or partitions the model: casting to bfloat16 loses what the digest is to prove, so a model
     that was cast (or is on the meta device) is refused rather than hashed to something else.
@@ -178,6 +227,11 @@ def frozen_digest(model: Recognizer) -> dict[str, str]:
     """
     partly = {name for name, stream in model.streams.items() if not all(p.requires_grad for p in stream.parameters())}
     return {name: _digest(name, model.streams[name], buffers=name in model.frozen) for name in sorted(partly | model.frozen)}
+
+
+def stream_digest(model: Recognizer, name: str) -> str:
+    """SHA-256 of a whole stream, as `frozen_digest` has it of one that is frozen (and the same conditions)."""
+    return _digest(name, model.streams[name], buffers=True, whole=True)
 
 
 def trainable_state(model: Recognizer) -> dict[str, Tensor]:
@@ -192,13 +246,18 @@ def trainable_state(model: Recognizer) -> dict[str, Tensor]:
 
 
 def checkpoint_activations(model: Recognizer) -> int:
-    """Make the blocks of trained streams and of the fusion recompute their activations in backward; returns their number.
+    """Make the blocks of trained and adapted streams and of the fusion recompute their activations in backward; returns their number.
 
     Modules and parameters keep their names. Non-reentrant, with the random state kept, so that losses and gradients are those
     of the plain model; only in training mode with gradients enabled. Running statistics of batch norm are updated once, in
     forward. Calling it again changes nothing.
+
+    Of streams that run in step these are the steps, frozen streams' too: a block, or two with the exchange between their halves.
     """
-    parts = [stream for name, stream in model.streams.items() if name not in model.frozen] + [model.fusion]
+    if model.interleaved:
+        model.recomputes_steps = True
+        return lockstep.steps(*_in_step(model))
+    parts = [stream for name, stream in model.streams.items() if name not in model.frozen - model.adapted] + [model.fusion]
     blocks = [block for part in parts for block in cast(Backbone | Fusion, part).blocks]
     for block in blocks:
         if getattr(block.forward, "func", None) is not _recompute:
@@ -206,8 +265,13 @@ def checkpoint_activations(model: Recognizer) -> int:
     return len(blocks)
 
 
+def _in_step(model: Recognizer) -> tuple[dict[str, Stepwise], Mapping[int, nn.Module]]:
+    streams = {name: cast(Stepwise, stream) for name, stream in model.streams.items()}
+    return streams, cast(Interleaved, model.fusion).exchanges
+
+
 def _recompute(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not (block.training and torch.is_grad_enabled()):
+    if not (torch.is_grad_enabled() and any(m.training for m in block.modules())):  # of an adapted block the adapters alone are
         return forward(*args, **kwargs)
     extra: dict[str, Any] = {}
     if any(isinstance(m, _BatchNorm) for m in block.modules()):
@@ -248,10 +312,9 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 def _stream(part: str, spec: Mapping[str, Any], *, frames: int, size: int, seed: int) -> nn.Module:
     name, source, options = spec["name"], spec.get("weights"), dict(spec.get("options") or {})
     select.check_options("backbones", name, options)
-    on_meta = torch.get_default_device().type == "meta"
     pretrained = source == "pretrained"
     with _seeded(seed, part):
-        stream = select.build("backbones", name, frames=frames, size=size, pretrained=pretrained and not on_meta, **options)
+        stream = select.build("backbones", name, frames=frames, size=size, pretrained=pretrained, **options)
     weights.load(stream, None if pretrained else source)
     return stream
 
@@ -281,32 +344,52 @@ def _trained(part: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in part.parameters() if p.requires_grad)
 
 
-def _fix(name: str, stream: nn.Module, trained_blocks: int) -> None:
-    """Leave the last `trained_blocks` blocks of a stream trainable and nothing else of it.
+def _choose_trained(name: str, stream: nn.Module, spec: Mapping[str, Any], *, seed: int) -> None:
+    """Have of a stream trained what its spec says: some blocks, or what is put into it. Recognizer itself fixes frozen ones.
 
     Raises:
-        ValueError: it has fewer blocks.
+        ValueError: it has fewer blocks, adapters or LoRA do not go with it, or stochastic depth would never act.
     """
+    frozen, last = spec.get("frozen", True), spec.get("trained_blocks")
+    added = {kind: dict(spec[kind]) for kind in ("adapters", "lora") if spec.get(kind) is not None}
     blocks = cast(Backbone, stream).blocks
-    if trained_blocks > len(blocks):
-        raise ValueError(f"the {name} stream has {len(blocks)} blocks; trained_blocks {trained_blocks} is too many")
+    if last is not None and last > len(blocks):
+        raise ValueError(f"the {name} stream has {len(blocks)} blocks; trained_blocks {last} is too many")
+    if frozen and (spec.get("options") or {}).get("stochastic_depth"):
+        raise ValueError(
+            f"stochastic_depth acts on a stream that is trained itself, and the {name} stream is frozen: leave it out"
+        )
+    if added and not frozen:
+        raise ValueError(f"{' and '.join(added)} is for a frozen stream, and the {name} stream is trained itself")
+    if added:
+        with _seeded(seed, f"{name}/added"):
+            adapt.extend(stream, spec["name"], last=last, **added)
+    elif not frozen and last is not None:
+        _fix(stream, last)
+
+
+def _fix(stream: nn.Module, trained_blocks: int) -> None:
+    """Leave the last `trained_blocks` blocks of a stream trainable and nothing else of it."""
+    blocks = cast(Backbone, stream).blocks
     wanted = {id(p) for block in blocks[-trained_blocks:] for p in block.parameters() if p.requires_grad}
     for parameter in stream.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
 
 
-def _digest(name: str, stream: nn.Module, *, buffers: bool) -> str:
+def _digest(name: str, stream: nn.Module, *, buffers: bool, whole: bool = False) -> str:
     parameters = dict(stream.named_parameters())
-    trained = {n for n, p in parameters.items() if p.requires_grad}
+    trained = {n for n, p in parameters.items() if p.requires_grad and not whole}
     sharded = {n for n, p in stream.named_parameters() if hasattr(p, "ds_numel")}  # ZeRO-3 has taken their values
     digest = hashlib.sha256()
-    for key, value in sorted(stream.state_dict().items()):
+    state = stream.state_dict()
+    for name_here, key in sorted((adapt.plain_name(key), key) for key in state):
+        value = state[key]
         if key in trained or not (buffers or key in parameters):
             continue
         if value.is_meta or (value.is_floating_point() and value.dtype != torch.float32) or key in sharded:
             raise ValueError(
                 f"digest of {name}.{key}: it is {value.dtype} on {value.device}; take it before the engine casts or shards the model"
             )
-        digest.update(f"{key} {tuple(value.shape)} ".encode())
+        digest.update(f"{name_here} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ Room = Literal["backbones", "fusion"]
 
 GIVEN: Mapping[str, frozenset[str]] = {
     "backbones": frozenset({"frames", "size", "pretrained"}),
-    "fusion": frozenset({"widths"}),
+    "fusion": frozenset({"widths", "streams"}),
 }
 """Parameters of `build` that the recogniser gives itself; they are not options."""
 
@@ -63,7 +63,7 @@ def options(room: Room, name: str) -> dict[str, OptionSpec]:
     Raises:
         ValueError: there is no such component.
     """
-    build_it = _builder(room, name)
+    build_it = builder(room, name)
     hints = get_type_hints(build_it)
     parameters = inspect.signature(build_it).parameters
     return {n: OptionSpec(hints.get(n, Any), p.default) for n, p in parameters.items() if n not in GIVEN[room]}
@@ -75,8 +75,8 @@ def build(room: Room, name: str, **given: Any) -> nn.Module:
     Args:
         room: `backbones` or `fusion`.
         name: File name in the room, without `.py`.
-        given: What the recogniser gives (`frames`, `size`, `pretrained`; `widths`) and the component's options. A backbone
-            without published weights has no parameter `pretrained`.
+        given: What the recogniser gives (`frames`, `size`, `pretrained`; `widths`, `streams`) and the component's options. A
+            backbone without published weights has no parameter `pretrained`, a fusion that takes any backbones none for `streams`.
 
     Raises:
         ValueError: unknown name or option, an option that is missing or of the wrong type, or one the component refuses.
@@ -88,10 +88,12 @@ def build(room: Room, name: str, **given: Any) -> nn.Module:
     missing = [n for n, s in specs.items() if s.default is inspect.Parameter.empty and n not in extra]
     if missing:
         raise ValueError(f"{room} {name}: option {', '.join(missing)} has no default and must be given")
-    builder = _builder(room, name)
-    if "pretrained" in given and "pretrained" not in inspect.signature(builder).parameters and given.pop("pretrained"):
+    build_it = builder(room, name)
+    if "pretrained" in given and "pretrained" not in inspect.signature(build_it).parameters and given.pop("pretrained"):
         raise ValueError(f"{room} {name} has no published weights; its weights are null (random) or a file")
-    return builder(**given)
+    if "streams" not in inspect.signature(build_it).parameters:
+        given.pop("streams", None)
+    return build_it(**given)
 
 
 def check_options(room: Room, name: str, given: Mapping[str, Any]) -> None:
@@ -105,7 +107,12 @@ def check_options(room: Room, name: str, given: Mapping[str, Any]) -> None:
         _check(room, name, specs, key, value)
 
 
-def _builder(room: Room, name: str) -> Callable[..., nn.Module]:
+def builder(room: Room, name: str) -> Callable[..., nn.Module]:
+    """The `build` of a component.
+
+    Raises:
+        ValueError: there is no such component.
+    """
     known = names(room)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=len(known))

@@ -1,24 +1,31 @@
 """Pretrained weights: locate, verify, rename, load strictly.
 
-Comes in: a module and a source (a local file). Goes out: the module with every one of its weights replaced, or a ValueError
-that lists what did not fit. Nothing in a file is executed: safetensors, or `torch.load(weights_only=True)`. Storage URLs are
-made local files before they come here; published weights come from a hub (`from_hub`) or by their library inside `fetching`.
+Comes in: a module and a source (a local file, or a published one: see `hubs`). Goes out: the module with every one of its weights
+replaced, or a ValueError that lists what did not fit. Nothing in a file is executed: safetensors, or `torch.load(weights_only=True)`.
+Storage URLs are made local files before they come here (`on_ray.weights`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+from urllib.parse import urlsplit
 
 import torch
+from einops import repeat
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from vidfuse.models.hubs import Published, named, sha256_of
+from vidfuse.models.hubs import from_hub as from_hub
+from vidfuse.models.hubs import from_url as from_url
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +33,25 @@ WRAPPERS = ("state_dict", "model", "model_state")
 """Keys under which training scripts nest the weights in a `.pth`."""
 ENDINGS = (".safetensors", ".pt", ".pth", ".pyth", ".bin")
 """Of files that are read; `.bin` is what older repositories of the Hugging Face hub hold, and `torch.load` reads it."""
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names that a repository of the hub gives its weights, the preferred first."""
 SHOWN = 4
 """Names listed of each kind of fault."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Where a module's weights are from."""
+
+    said: str
+    """The file, in words."""
+    sha256: str | None
+    """Its hash. `None`: not computed (a dry run)."""
+    missing: Published | None = None
+    """What a dry run found not to be on this machine, so that nothing of it is checked yet."""
+
+
 def load(
     module: nn.Module,
-    source: str | Path | None,
+    source: str | Path | Published | None,
     *,
     sha256: str | None = None,
     rename: Mapping[str, str] | None = None,
@@ -42,27 +59,70 @@ def load(
     """Replace all weights of `module` by those of a file.
 
     A module that has `published_state(state) -> state` gets to translate the names its publisher uses; one that has a text
-    `licence` has it logged. On the meta device everything is checked and nothing is copied.
+    `licence` has it logged. On the meta device nothing is fetched or copied, and everything is checked of a file that is here.
 
     Args:
         module: What the weights are for.
-        source: `.safetensors`, `.pt`, `.pth`, `.pyth` or `.bin` file; `FILE#sha256=HEX` also states its hash. `None`: nothing is done.
+        source: `.safetensors`, `.pt`, `.pth`, `.pyth` or `.bin` file, or the name of a published one (`hubs.named`);
+            `...#sha256=HEX` also states its hash. `None`: nothing is done.
         sha256: Hash that the file must have, as hexadecimal text.
         rename: Prefixes of names in the file and what to put in their place (`{"module.": ""}` strips one).
 
     Raises:
-        ValueError: no such file, unreadable, another hash, or names and shapes of another architecture.
+        ValueError: no such file, unreadable, another hash, names and shapes of another architecture, or it cannot be fetched.
     """
     if source is None:
         return
-    name, _, stated = str(source).partition("#sha256=")
-    path = Path(name)
-    state = _renamed(_read(path, sha256 or stated or None), rename or {})
-    state = _translated(module, state, path)
-    check(module, state, said=str(path))
-    if not any(value.is_meta for value in module.state_dict().values()):
-        module.load_state_dict(state)
     tell(module)
+    file, stated = resolve(source)
+    dry = any(value.is_meta for value in module.state_dict().values())
+    path = file if isinstance(file, Path) else file.here() if dry else file.fetch()
+    said = str(file) if isinstance(file, Path) else file.said
+    if path is None:
+        note(module, Loaded(said, None, cast(Published, file)))
+        return
+    state, digest = read(path, sha256=sha256 or stated, hashed=not dry)
+    state = _counted(module, _translated(module, _renamed(state, rename or {}), path))
+    check(module, state, said=str(path))
+    if not dry:
+        module.load_state_dict(state)
+    note(module, Loaded(said, digest))
+
+
+def split(source: str) -> tuple[str, str | None]:
+    """A source without its `#sha256=...`, and the hash that it states.
+
+    Raises:
+        ValueError: what is stated is no sha256.
+    """
+    place, separator, stated = source.partition("#sha256=")
+    if separator and not re.fullmatch("[0-9a-fA-F]{64}", stated):
+        raise ValueError(f"weights {place}: a sha256 has 64 hexadecimal digits, given {stated!r}")
+    return place, stated.lower() or None
+
+
+def resolve(source: str | Path | Published) -> tuple[Path | Published, str | None]:
+    """The file that a source names, and the hash that it states.
+
+    Raises:
+        ValueError: no source (see `hubs.named`).
+    """
+    if not isinstance(source, str | Path):
+        return source, None
+    place, stated = split(str(source))
+    local = urlsplit(place).path if place.startswith("file://") else place
+    return named(place, sha256=stated) or Path(local).expanduser(), stated
+
+
+def note(module: nn.Module, loaded: Loaded) -> None:
+    """Have a module say where its weights are from."""
+    module.loaded_weights = loaded  # type: ignore[assignment]
+
+
+def loaded(module: nn.Module) -> Loaded | None:
+    """Where a module's weights are from; `None`: they are random."""
+    found = getattr(module, "loaded_weights", None)
+    return found if isinstance(found, Loaded) else None
 
 
 def check(module: nn.Module, state: Mapping[str, Tensor], *, said: str) -> None:
@@ -101,64 +161,21 @@ def tell(module: nn.Module) -> None:
         log.warning("%s", licence)
 
 
-def from_hub(repository: str, *files: str) -> Path:
-    """Local copy of the first of `files` (`HUB_FILES` if none are given) that a repository of the Hugging Face hub has.
-
-    One that is in the client's cache needs no network.
-
-    The client by itself repeats a failing request for 25 seconds. Here an answer is asked for once before it is left to that,
-    so that a machine without network is told at once.
+def read(path: Path, *, sha256: str | None = None, hashed: bool = False) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors of a file by name, on the CPU, and the file's hash if it is stated or `hashed`.
 
     Raises:
-        ValueError: the file cannot be fetched.
+        ValueError: no such file, another hash, or it cannot be read.
     """
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    names = files or HUB_FILES
-    with fetching(repository, file=f"{names[0]} of https://huggingface.co/{repository}"):
-        for name in names:
-            cached = hub.try_to_load_from_cache(repository, name)
-            if isinstance(cached, str):
-                return Path(cached)
-        for name in names[:-1]:
-            with suppress(EntryNotFoundError):
-                hub.get_hf_file_metadata(hub.hf_hub_url(repository, name))
-                return Path(hub.hf_hub_download(repository, name))
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, names[-1]))
-        return Path(hub.hf_hub_download(repository, names[-1]))
-
-
-@contextmanager
-def fetching(what: str, *, file: str) -> Iterator[None]:
-    """Turn whatever a hub's client raises inside into one ValueError that says what to do.
-
-    Args:
-        what: Name of the weights.
-        file: Where a person finds the file to download by hand.
-
-    Raises:
-        ValueError: anything was raised inside; the cause is chained.
-    """
-    try:
-        yield
-    except Exception as error:  # clients of hubs raise OSError, HTTPError, RuntimeError and their own; all mean "not fetched"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"published weights of {what} cannot be fetched ({reason[0][:200]}). Where there is no network, put the file "
-            f"{file} on this machine and give weights=<its path>; weights=null starts from random ones"
-        ) from error
-
-
-def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist; give a {', '.join(ENDINGS)} file, `pretrained` or null")
     if path.suffix not in ENDINGS:
         raise ValueError(f"weights file {path} ends in {path.suffix!r}; {', '.join(ENDINGS)} are read")
-    if sha256 and (found := _sha256(path)) != sha256.lower():
-        raise ValueError(f"weights file {path} has sha256 {found}, stated is {sha256}; it is another file or damaged")
+    digest = sha256_of(path) if sha256 or hashed else None
+    if sha256 and digest != sha256.lower():
+        raise ValueError(f"weights file {path} has sha256 {digest}, stated is {sha256}; it is another file or damaged")
     try:
-        return load_file(path) if path.suffix == ".safetensors" else _unwrapped(path)
+        return (load_file(path) if path.suffix == ".safetensors" else _unwrapped(path)), digest
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"weights file {path} cannot be read: {reason[0]}") from error
@@ -173,9 +190,12 @@ def _unwrapped(path: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], dict(content))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def inflated(value: Float[Tensor, "O I h w"], time: int) -> Float[Tensor, "O I t h w"]:
+    """A 2-D filter as a 3-D one that answers a still clip as it answers a picture: repeated in time and divided by its length.
+
+    Carreira and Zisserman 2017 (arXiv:1705.07750), section 2.1.
+    """
+    return repeat(value / time, "O I h w -> O I t h w", t=time)
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:
@@ -184,6 +204,12 @@ def _renamed(state: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[str
         return key if old is None else rename[old] + key[len(old) :]
 
     return {new(key): value for key, value in state.items()}
+
+
+def _counted(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state with the module's own counts of batches if it has none: before PyTorch 0.4.1 batch norm did not count them."""
+    counts = {key: value for key, value in module.state_dict().items() if key.endswith(".num_batches_tracked")}
+    return state if any(key in state for key in counts) else {**state, **counts}
 
 
 def _translated(module: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

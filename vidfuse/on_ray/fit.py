@@ -7,6 +7,7 @@ same config again continues from the last checkpoint. What can be refused is ref
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import tempfile
 import threading
@@ -17,26 +18,31 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidfuse.config import Config, ConfigError
 from vidfuse.data.feed import BLOCKS_AT_ONCE, Feed, PackedSet
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, check_classes, read_index, read_manifest
+from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer
+from vidfuse.on_ray.recovery import QuickTorchConfig, look_at_nodes
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
-from vidfuse.on_ray.worker import SCORE, Monitor, RayWorker
-from vidfuse.train.checkpoint import check_matches
-from vidfuse.train.errors import CheckpointError, RunError
+from vidfuse.on_ray.trainer import Trainer
+from vidfuse.on_ray.weights import local
+from vidfuse.on_ray.worker import Monitor, RayWorker
+from vidfuse.train.checkpoint import STATE, State, check_matches
+from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import run
-from vidfuse.train.run import model_of
+from vidfuse.train.run import continued, started
 from vidfuse.train.worker import Progress
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3
 """Between two looks at the monitor."""
 WORKERS_WITHOUT_GPU = 2
@@ -120,7 +126,8 @@ def _check_buffer(config: Config, workers: int) -> None:
     if needed > data.buffer_bytes:
         raise ConfigError(
             f"data.buffer_bytes: {data.buffer_bytes:,} is too little for {workers} workers with micro batches of {rows} clips of "
-            f"{data.frames} x {data.size} x {data.size}: at least {needed:,} are needed; raise it, or lower train.micro_batch or data.repeats"
+            f"{data.frames} x {data.size} x {data.size}: at least {needed:,} are needed; raise it, or lower train.micro_batch or "
+            "data.repeats"
         )
 
 
@@ -135,24 +142,30 @@ def check(config: Config) -> PackedSet:
     """
     packed = open_set(config)
     check_storage(config.run.storage, write=True)
-    check_model(config)
     folder = RunFolder.of(config.run)
-    last = folder.checkpoints()["last"]
-    if last is not None:
-        state = folder.state(last)
-        check_matches(state, config, manifest=packed.manifest.plan, frozen=state.frozen)
+    last, _ = folder.choose("last", (STATE,))
+    state = None if last is None else folder.state(last)
+    check_reachable(check_model(config, state))
+    if state is not None:
+        check_matches(state, config, manifest=packed.manifest, frozen=state.frozen)
     return packed
 
 
-def check_model(config: Config) -> Recognizer:
+def check_model(config: Config, state: State | None = None) -> Recognizer:
     """The model on the meta device: options, weights files and the parameter budget are checked, nothing is allocated.
+
+    Weights on storage are fetched for it; published ones that are not on this machine are not (`check_reachable`).
+
+    Args:
+        config: of the run.
+        state: of the checkpoint that it continues from. `None`: it is fresh, and `model.weights` are checked, too.
 
     Raises:
         ConfigError: it cannot be built, nothing is trainable, or too much is.
     """
     try:
         with torch.device("meta"):
-            model = model_of(config)
+            model = started(config, local)[0] if state is None else continued(config, state.start, local)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -162,6 +175,21 @@ def check_model(config: Config) -> Recognizer:
     if limit is not None and trainable > limit:
         raise ConfigError(f"model.max_trainable_parameters: {trainable:,} parameters are trainable, {limit:,} are allowed")
     return model
+
+
+def check_reachable(model: Recognizer) -> None:
+    """Ask for published weights that are not on this machine, before workers start that would fetch them.
+
+    Raises:
+        ConfigError: the hub does not answer, or does not give them.
+    """
+    for name, stream in model.streams.items():
+        found = weights.loaded(stream)
+        if found is not None and found.missing is not None:
+            try:
+                found.missing.ask()
+            except ValueError as error:
+                raise ConfigError(f"model.{name}.weights: {error}") from None
 
 
 def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop: threading.Event) -> dict[str, Any]:
@@ -184,12 +212,13 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     if done is not None:
         return done
     room = resources(config)
-    monitor = Monitor.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
     )
-    with _following(monitor, on_progress, stop):
+    with _following(monitor, on_progress, stop), look_at_nodes(elastic=room.least < room.most):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -213,9 +242,11 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
     filesystem, root = open_storage(storage, write=True)
     workers = room.least if room.least == room.most else (room.least, room.most)
     return {
+        "torch_config": QuickTorchConfig(),
         "scaling_config": ScalingConfig(
             num_workers=workers,
             use_gpu=room.gpu,
+            elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if room.gpu else {})},
         ),
         "run_config": RayRunConfig(
@@ -223,7 +254,6 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
         ),
     }
 
@@ -247,7 +277,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             run(config, worker, feed, folder=records, facts=settings["facts"])
         except DataError as error:  # the same on every rank, and no restart mends it: end the run in order
             ray.get(settings["monitor"].fault.remote(str(error)))
-        except CheckpointError as error:
+        except (CheckpointError, ModelError) as error:
             ray.get(settings["monitor"].fault.remote(str(error)))
             raise
 
@@ -258,13 +288,16 @@ def _following(monitor: Any, on_progress: Progress, stop: threading.Event) -> It
     done = threading.Event()
 
     def follow() -> None:
-        asked, seen = False, None
+        asked, seen, warned = False, None, 0
         while not done.wait(POLL_SECONDS):
             with contextlib.suppress(ray.exceptions.RayError):
                 if stop.is_set() and not asked:
                     asked = True
                     ray.get(monitor.stop.remote(), timeout=5)
-                event = ray.get(monitor.latest.remote(), timeout=5)
+                event, warnings = ray.get([monitor.latest.remote(), monitor.warnings.remote()], timeout=5)
+                for warning in warnings[warned:]:
+                    log.error("%s", warning)
+                warned = len(warnings)
                 if event and event != seen:
                     seen = event
                     on_progress(event)

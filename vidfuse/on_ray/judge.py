@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vidfuse.evaluate.report import report
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.score import score_run, split_of
 from vidfuse.on_ray.storage import join
+from vidfuse.train.errors import Damage
 from vidfuse.train.record import METRICS, read_metrics, surroundings
 from vidfuse.train.run import judged
 from vidfuse.train.validate import Scored
@@ -33,6 +34,8 @@ class Judgement:
     scores: Scores
     in_manifest: int
     facts: Mapping[str, str]
+    damaged: tuple[Damage, ...] = ()
+    """Checkpoints that would have been scored instead."""
 
     def result(self) -> dict[str, Any]:
         """What result.json holds."""
@@ -44,12 +47,14 @@ class Judgement:
             "samples_scored": self.scores.samples,
             "samples_in_manifest": self.in_manifest,
         }
-        return {**head, **views, **self.scores.to_json()}
+        damaged = {"damaged": [asdict(damage) for damage in self.damaged]} if self.damaged else {}
+        return {**head, **damaged, **views, **self.scores.to_json()}
 
     def lines(self) -> list[str]:
         """The headline figures in words."""
         s = self.scores
         return [
+            *(f"{damage}; it is not scored" for damage in self.damaged),
             f"{self.checkpoint} over {split_of(self.config)}: {s.samples} of {self.in_manifest} videos scored, {s.unreadable} unreadable",
             f"top-1 {s.top1.value:.4f} (95 % interval {s.top1.low:.4f} to {s.top1.high:.4f}), chance {s.chance.best:.4f}",
             f"{s.top5_name} {s.top5.value:.4f} ({s.top5.low:.4f} to {s.top5.high:.4f})",
@@ -68,14 +73,16 @@ def judge(folder: RunFolder, config: Config, which: str, *, facts: Mapping[str, 
 
     Raises:
         DataError: the run has no such checkpoint, or the split cannot be scored.
+        CheckpointError: it has, and none is good.
     """
-    checkpoint = folder.checkpoints()[which]
+    checkpoint, damaged = folder.choose(which)
     if checkpoint is None:
         raise DataError(f"{folder.url} has no {which} checkpoint yet: train on, or take --checkpoint last")
     scored = score_run(folder, config, checkpoint)
     manifest = folder_manifest(config)
     scores = judged(scored, manifest.classes)
-    return Judgement(config, checkpoint, scored, scores, manifest.splits[split_of(config)].samples, {**facts, **surroundings()})
+    samples = manifest.splits[split_of(config)].samples
+    return Judgement(config, checkpoint, scored, scores, samples, {**facts, **surroundings()}, damaged)
 
 
 def folder_manifest(config: Config) -> Any:

@@ -6,8 +6,10 @@ Comes in: `RunConfig`, or a run's URL. Goes out: its config, its checkpoints' na
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,17 @@ import pyarrow.fs
 
 from vidfuse.config import Config, ConfigError, RunConfig, from_mapping
 from vidfuse.data.shards import DataError
-from vidfuse.on_ray.storage import check_storage, exists, join, open_storage, read_bytes, write_bytes
+from vidfuse.on_ray.storage import check_storage, exists, join, list_files, open_storage, read_bytes, write_bytes
 from vidfuse.train.checkpoint import STATE, WEIGHTS, State, read_state
+from vidfuse.train.errors import Damage, DamageError
+from vidfuse.train.journal import JOURNAL
 from vidfuse.train.record import METRICS
-from vidfuse.train.worker import CHECKPOINTS
+from vidfuse.train.shelf import Shelf, newest_good
+
+SCORED = (STATE, WEIGHTS)
+"""What scoring needs of a checkpoint."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,22 +72,58 @@ class RunFolder:
             raise ConfigError(f"{self.url}/config.yaml is no config")
         return from_mapping(tree, source=f"{self.url}/config.yaml")  # type: ignore[arg-type]
 
+    @property
+    def shelf(self) -> Shelf:
+        """Its checkpoints."""
+        return Shelf(self.filesystem, self.root)
+
     def checkpoints(self) -> dict[str, Any]:
         """`{"last", "best", "scores"}`, empty for a fresh run."""
-        path = join(self.root, CHECKPOINTS)
-        if not exists(self.filesystem, path):
-            return {"last": None, "best": None, "scores": {}}
-        record: dict[str, Any] = json.loads(read_bytes(self.filesystem, path))
-        return record
+        return self.shelf.record()
 
-    def note(self, checkpoints: Mapping[str, Any]) -> None:
-        """Write the record of checkpoints."""
-        write_bytes(self.filesystem, join(self.root, CHECKPOINTS), json.dumps(checkpoints, indent=1).encode())
+    def choose(self, which: str, only: Collection[str] = SCORED) -> tuple[str | None, tuple[Damage, ...]]:
+        """The newest (`last`) or the highest scored (`best`) checkpoint of those whose files `only` are good.
+
+        Returns:
+            Its name, `None` if the run has none yet; and those that would have come before it, but are damaged.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is good.
+        """
+        record, names = self.shelf.record(), self.shelf.names()[::-1]
+        if which == "best":
+            scores = record["scores"]
+            names = sorted((name for name in names if name in scores), key=lambda name: scores[name], reverse=True)
+
+        def attempt(name: str) -> Damage | None:
+            try:
+                self.shelf.verify(name, only)
+            except DamageError as error:
+                return error.damage
+            return None
+
+        chosen, damaged = newest_good(names, attempt, ever_whole=record[which] is not None)
+        for damage in damaged:
+            log.error("%s; %s is used instead", damage, chosen)
+        return chosen, damaged
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; `None` if it is not there."""
         path = join(self.root, name)
         return json.loads(read_bytes(self.filesystem, path)) if exists(self.filesystem, path) else None
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run."""
+        write_bytes(self.filesystem, join(self.root, name), json.dumps(content).encode())
+
+    def kept(self, folder: str) -> list[str]:
+        """Names of the files in a folder of the run, sorted."""
+        return list(list_files(self.filesystem, join(self.root, folder)))
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What the run's tries wrote down, in order."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda name: self.json(join(JOURNAL, name)) or {}, self.kept(JOURNAL)))
 
     def records(self, to: Path) -> None:
         """Fetch the metrics of the run so far, for a run that continues."""
@@ -87,22 +132,22 @@ class RunFolder:
             to.mkdir(parents=True, exist_ok=True)
             (to / METRICS).write_bytes(read_bytes(self.filesystem, path))
 
-    def fetch(self, checkpoint: str, names: Iterable[str], to: Path) -> Path:
-        """Fetch files of a checkpoint into a folder."""
-        folder = to / checkpoint
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (folder / name).write_bytes(read_bytes(self.filesystem, join(self.root, checkpoint, name)))
-        return folder
-
     def weights(self, checkpoint: str, to: Path) -> Path:
-        """Fetch what scoring needs of a checkpoint: its state and its weights."""
-        return self.fetch(checkpoint, (STATE, WEIGHTS), to)
+        """Fetch what scoring needs of a checkpoint: its state and its weights, verified.
+
+        Raises:
+            DamageError: they are not what was written.
+        """
+        return self.shelf.fetch(checkpoint, to, SCORED)
 
     def state(self, checkpoint: str) -> State:
-        """The state of a checkpoint."""
+        """The state of a checkpoint, verified.
+
+        Raises:
+            DamageError: it is not what was written.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            return read_state(self.fetch(checkpoint, (STATE,), Path(folder)))
+            return read_state(self.shelf.fetch(checkpoint, Path(folder), (STATE,)))
 
     def put(self, folder: Path, below: str = "") -> None:
         """Copy a local folder's files into the run's folder (or one below it)."""

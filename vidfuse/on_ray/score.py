@@ -16,7 +16,6 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from vidfuse.config import Config
@@ -29,9 +28,11 @@ from vidfuse.on_ray.fit import open_set, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
-from vidfuse.train.checkpoint import load_weights
+from vidfuse.on_ray.trainer import Trainer
+from vidfuse.on_ray.weights import local
+from vidfuse.train.checkpoint import load_weights, read_state
 from vidfuse.train.errors import RunError
-from vidfuse.train.run import model_of
+from vidfuse.train.run import continued
 from vidfuse.train.validate import Scored, score
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +58,7 @@ def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:
     parts = folder.url.rpartition("/")
     settings = {"config": config.model_dump(mode="json"), "run": folder.url, "checkpoint": checkpoint}
     room = resources(config)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _score_worker, train_loop_config=settings, **ray_settings(config, room, folder.url, join("evaluate", split))
     )
     try:
@@ -77,9 +78,10 @@ def _score_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     folder, split, view = RunFolder.at(settings["run"]), split_of(config), config.evaluate
-    model = model_of(config)
     with tempfile.TemporaryDirectory(prefix="vidfuse-weights-") as scratch:
-        load_weights(model, folder.weights(settings["checkpoint"], Path(scratch)), frozen_digest(model))
+        checkpoint = folder.weights(settings["checkpoint"], Path(scratch))
+        model = continued(config, read_state(checkpoint).start, local)
+        load_weights(model, checkpoint, frozen_digest(model))
     model = model.to(device, DTYPES[config.train.precision]).eval()
     micro_batch = view.micro_batch or config.train.micro_batch
     world = World(context.get_world_size(), context.get_world_rank(), context.get_world_size() * micro_batch, micro_batch)

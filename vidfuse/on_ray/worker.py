@@ -1,15 +1,12 @@
 """`Worker` over Ray Train.
 
-Comes in: Ray Train's context of one worker. Goes out: checkpoints through `ray.train.report`, records on the run's storage,
-progress to a `Monitor` actor that the driver looks at.
+Comes in: Ray Train's context of one worker. Goes out: checkpoints and records on the run's storage, validation's figures through
+`ray.train.report`, progress to a `Monitor` actor that the driver looks at.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +15,13 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from vidfuse.config import RunConfig
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.train.errors import CheckpointError
-from vidfuse.train.worker import note_checkpoint
-
-SCORE = "score"
-"""What Ray keeps checkpoints by: validation top-1, -1 for one inside an epoch (without a number it would keep them all)."""
+from vidfuse.on_ray.weights import local
+from vidfuse.train.keeper import Keeper
+from vidfuse.train.shelf import Found
 
 
 @ray.remote(num_cpus=0)
@@ -35,21 +30,40 @@ class Monitor:
 
     def __init__(self) -> None:
         self._event: dict[str, Any] = {}
+        self._unheard: dict[str, Any] = {}
         self._stop = False
         self._fault: str | None = None
+        self._warnings: list[str] = []
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""
-        self._event = event
+        self._event = self._unheard = event
         return self._stop
 
     def latest(self) -> dict[str, Any]:
         """The newest event; empty before the first."""
         return self._event
 
+    def hand_over(self) -> dict[str, Any]:
+        """The newest event that was not handed over before, for the next try of the workers."""
+        event, self._unheard = self._unheard, {}
+        return event
+
     def stop(self) -> None:
         """Ask the run to end with a checkpoint."""
         self._stop = True
+
+    def warn(self, message: str) -> None:
+        """Have the driver tell a person."""
+        self._warnings.append(message)
+
+    def warnings(self) -> list[str]:
+        """All so far."""
+        return self._warnings
+
+    def begin(self) -> None:
+        """Workers have started (anew): why an earlier one gave up is no longer why the run ends."""
+        self._fault = None
 
     def fault(self, message: str | None = None) -> str | None:
         """Note why a worker gave up, in words for a person; answers the first such note."""
@@ -67,39 +81,51 @@ class RayWorker:
         self.device: torch.device = ray.train.torch.get_device()
         self._folder = RunFolder.of(run)
         self._monitor, self._answer, self._stop = monitor, None, False
-        token = [uuid.uuid4().hex[:6]]
-        dist.broadcast_object_list(token)  # after a crash, a step is saved anew: never into the folder of the first try
-        self._token = token[0]
+        self._notice: Any = None
+        self._keeper = Keeper(self._folder.shelf, machine=self.machine, in_place=False, publish=self._folder.put)
+        if self.rank == 0:
+            ray.get(monitor.begin.remote())
 
     @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """See `Worker`. Ray downloads it once a machine."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+    def latest_checkpoint(self) -> Iterator[Found]:
+        """See `Worker`. Downloaded and verified once a machine."""
+        with self._keeper.find() as found:
+            for damage in found.damaged if self.rank == 0 else ():
+                self._monitor.warn.remote(f"{damage}; continuing from {found.name or 'the beginning'}")
+            yield found
 
-    def save(self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float]) -> None:
-        """See `Worker`. Ray registers the checkpoint when every rank's part is on the storage, and keeps the last and the best."""
-        folder = Path(tempfile.mkdtemp(prefix="vidfuse-checkpoint-"))
-        try:
-            write(folder)
-            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
-            place = f"{name}-{self._token}"
-            scored = {**metrics, SCORE: metrics.get("top1", -1.0)}
-            ray.train.report(scored, checkpoint=checkpoint, checkpoint_dir_name=place)
-            if self.rank == 0:
-                self._folder.note(note_checkpoint(self._folder.checkpoints(), place, metrics))
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {name} was not written: {error}; the one before is unharmed") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def save(
+        self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None
+    ) -> None:
+        """See `Worker`. Ray hears of validated ones (a search goes by them); it does not keep them."""
+        self._keeper.save(name, write, metrics, keep=keep, records=records)
+        if metrics:
+            ray.train.report(dict(metrics))
+
+    def settle(self, *, at_most_seconds: float | None = None) -> None:
+        """See `Worker`."""
+        self._keeper.settle(at_most_seconds=at_most_seconds)
+
+    def local(self, source: str) -> str:
+        """See `Worker`."""
+        return local(source)
 
     def publish(self, folder: Path) -> None:
         """See `Worker`."""
         self._folder.put(folder)
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """See `Worker`."""
+        self._folder.keep(name, content)
+
+    def kept(self, folder: str) -> list[str]:
+        """See `Worker`."""
+        return self._folder.kept(folder)
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """See `Worker`; the monitor outlives workers, not the driver."""
+        event: dict[str, Any] = ray.get(self._monitor.hand_over.remote())
+        return event or None
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """See `Worker`; it never waits for the driver."""
@@ -112,3 +138,14 @@ class RayWorker:
     def should_stop(self) -> bool:
         """See `Worker`; rank 0 hears it with its next progress event, the step tells the others."""
         return self._stop
+
+    def told_to_save(self) -> bool:
+        """See `Worker`; Ray's notice of a node that is drained (a spot machine that is reclaimed).
+
+        `ray.train.get_preemption_info` says the same behind a barrier of all ranks, at each step. Here each rank looks at what it
+        was told, and the step's own sum tells the others.
+        """
+        if self._notice is None:
+            self._notice = get_internal_train_context().preemption_context.preemption_info
+            return self._notice is not None
+        return False

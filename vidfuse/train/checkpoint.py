@@ -2,6 +2,7 @@
 
 A checkpoint is a folder:
 
+    files.json            its files with size and sha256, written last (`train/shelf.py`)
     state.json            `State`: where the run is, what was used of the epoch, what it was made with (readable)
     model.safetensors     fp32 weights of everything trainable, with its buffers, whole whatever the ZeRO stage;
                           under `train.ema_decay` the weights' average
@@ -30,8 +31,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vidfuse.config import Config, differences, from_mapping
+from vidfuse.config import HARMLESS, Config, differences, from_mapping
+from vidfuse.data.shards import Manifest
 from vidfuse.models.recognizer import Recognizer, trainable_state
+from vidfuse.models.start import header
 from vidfuse.train.average import Average
 from vidfuse.train.engine import Engine
 from vidfuse.train.errors import CheckpointError
@@ -57,7 +60,11 @@ class State:
     """Videos of the running epoch that could not be read: shard, key, reason."""
     ledger: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "used": {}})
     best_top1: float | None = None
+    index: str = ""
+    """sha256 of the training split's index: which sample is where."""
     epochs_without_gain: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    """What was taken from `model.weights` (`models.start.Start`); empty: nothing."""
 
     @property
     def epoch(self) -> int:
@@ -88,7 +95,7 @@ def save(engine: Engine, folder: Path, state: State, average: Average | None = N
         with contextlib.redirect_stdout(io.StringIO()):
             engine.save_checkpoint(str(folder / ZERO), tag=TAG, exclude_frozen_parameters=True)
         if dist.get_rank() == 0:
-            save_file(tensors, folder / WEIGHTS)
+            save_file(tensors, folder / WEIGHTS, metadata=header(engine.module, state.frozen))
             write_json(folder / STATE, asdict(state))
     except RuntimeError as error:  # torch's and safetensors' words for a failed write
         raise OSError(str(error).splitlines()[0]) from error
@@ -106,25 +113,37 @@ def read_state(folder: Path) -> State:
         raise CheckpointError(f"{folder.name} is no whole checkpoint: {STATE}: {error}") from error
 
 
-def check_matches(state: State, config: Config, *, manifest: str, frozen: Mapping[str, str]) -> None:
-    """Refuse to continue a run as another one. More epochs, other storage and other workers are harmless.
+def check_matches(state: State, config: Config, *, manifest: Manifest, frozen: Mapping[str, str]) -> None:
+    """Refuse to continue a run as another one. More epochs, other storage and other workers are harmless, and `config.HARMLESS`.
 
     Raises:
         CheckpointError: says which fields differ.
     """
     saved = from_mapping(state.config)
     if saved.digest() != _with_epochs_of(config, saved).digest():
-        changed = [line for line in differences(saved, config) if line.split(".")[0] in ("seed", "data", "model", "train")]
+        changed = [line for line in differences(saved, config) if _matters(line.partition(": ")[0])]
         raise CheckpointError(
             f"run {config.run.name!r} has checkpoints of another config; differing (checkpoint -> given): {'; '.join(changed)}. "
             "Give the same config to continue, or another --set run.name=... to start afresh"
         )
-    if state.manifest != manifest:
+    if state.manifest != manifest.plan:
         raise CheckpointError(
-            f"run {config.run.name!r} was trained on packed set {state.manifest}, data.url holds {manifest}: give the same set "
-            "to continue, or another --set run.name=... to start afresh"
+            f"run {config.run.name!r} was trained on packed set {state.manifest}, data.url holds {manifest.plan}: give the same "
+            "set to continue, or another --set run.name=... to start afresh"
+        )
+    index = manifest.splits[config.data.train_split].index_sha256
+    if state.index != index:
+        raise CheckpointError(
+            f"run {config.run.name!r} was trained on split {config.data.train_split!r} with index {state.index[:12]}, data.url has "
+            f"{index[:12]}: the set was packed anew and its samples are in other places. Give the same set to continue, or "
+            "another --set run.name=... to start afresh"
         )
     check_frozen(state, frozen)
+
+
+def _matters(path: str) -> bool:
+    """Whether a field alters the numbers of a run that continues."""
+    return path.split(".")[0] in ("seed", "data", "model", "train") and path not in (*HARMLESS, "train.epochs")
 
 
 def check_frozen(state: State, frozen: Mapping[str, str]) -> None:

@@ -2,7 +2,8 @@
 
 Comes in: sample numbers, as steps use them. Goes out: what is left of an epoch's order, and a readable record for the
 checkpoint. A sample's identity is (shard, place in the shard); the record is a bitmap a shard, so that it holds for any number
-of workers: each rank marks what it used, and the union is what the checkpoint says.
+of workers: each rank counts what it used, and the counts of all ranks are summed before a checkpoint. A sum, not a union: a
+sample that two ranks used is seen.
 """
 
 from __future__ import annotations
@@ -18,52 +19,51 @@ import numpy.typing as npt
 
 from vidfuse.data.sampling import Samples
 
+Counts = npt.NDArray[np.uint8]
+
 
 @dataclass
 class Ledger:
-    """Used samples of one epoch over the samples of a split, in shard order."""
+    """Uses of the samples of a split in one epoch, in shard order."""
 
     shards: Mapping[str, int]
     """Samples of each shard, by name, in the order of the split's index."""
     epoch: int = 0
-    used: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    merged: Counts = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """How often each sample was used by all ranks, up to the last `add`."""
+    fresh: Counts = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """How often this rank used each sample since then."""
 
     def __post_init__(self) -> None:
-        if not len(self.used):
-            self.used = np.zeros(sum(self.shards.values()), np.bool_)
+        for name in ("merged", "fresh"):
+            if not len(getattr(self, name)):
+                setattr(self, name, np.zeros(sum(self.shards.values()), np.uint8))
+
+    @property
+    def used(self) -> npt.NDArray[np.bool_]:
+        """What this rank knows to be used."""
+        return (self.merged > 0) | (self.fresh > 0)
 
     def mark(self, samples: npt.NDArray[np.int64]) -> None:
-        """Note samples as used (padding is passed over).
+        """Count samples as used by this rank (padding is passed over)."""
+        np.add.at(self.fresh, samples[samples >= 0], 1)
 
-        Raises:
-            AssertionError: a sample is used a second time in the epoch; that would break the promise of the whole system.
-        """
-        samples = samples[samples >= 0]
-        assert not self.used[samples].any(), f"used twice in epoch {self.epoch}: {samples[self.used[samples]].tolist()}"
-        self.used[samples] = True
+    def add(self, uses: Counts) -> None:
+        """Take over the sum of all ranks' `fresh` counts."""
+        self.merged = self.merged + uses
+        self.fresh = np.zeros_like(self.fresh)
 
     def left(self, order: Samples) -> Samples:
         """The part of an epoch's order that is not used yet, in order."""
         return order[~self.used[order]]
-
-    def merged(self, other: npt.NDArray[np.bool_]) -> Ledger:
-        """The union with what another rank used."""
-        return Ledger(self.shards, self.epoch, self.used | other)
 
     def next_epoch(self) -> Ledger:
         """An empty ledger of the epoch after this one."""
         return Ledger(self.shards, self.epoch + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """`{epoch, used: {shard: "all" | bitmap}}`; untouched shards are absent; a bitmap is base64 of zlib of packed bits."""
-        used: dict[str, str] = {}
-        for shard, start, stop in self._places():
-            bits = self.used[start:stop]
-            if bits.all():
-                used[shard] = "all"
-            elif bits.any():
-                used[shard] = base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()
-        return {"epoch": self.epoch, "used": used}
+        """`{epoch, used: as by `pack`}`."""
+        return {"epoch": self.epoch, **pack(self.shards, self.merged)}
 
     @classmethod
     def from_json(cls, shards: Mapping[str, int], record: Mapping[str, Any]) -> Ledger:
@@ -72,23 +72,52 @@ class Ledger:
         Raises:
             ValueError: the record names a shard that the split does not have, or with another number of samples.
         """
-        ledger = cls(shards, int(record["epoch"]))
-        strange = sorted(set(record["used"]) - set(shards))
-        if strange:
-            raise ValueError(
-                f"the ledger is of another manifest: it names {', '.join(strange[:5])}, which this split does not have"
-            )
-        for shard, start, stop in ledger._places():
-            word = record["used"].get(shard)
-            if word == "all":
-                ledger.used[start:stop] = True
-            elif word is not None:
-                packed = np.frombuffer(zlib.decompress(base64.b64decode(word)), np.uint8)
-                if len(packed) != -(-(stop - start) // 8):
-                    raise ValueError(f"the ledger is of another manifest: {shard} has {stop - start} samples here")
-                ledger.used[start:stop] = np.unpackbits(packed, count=stop - start).astype(np.bool_)
-        return ledger
+        return cls(shards, int(record["epoch"]), unpack(shards, record))
 
-    def _places(self) -> list[tuple[str, int, int]]:
-        stops = np.cumsum(list(self.shards.values())).tolist()
-        return [(shard, stop - count, stop) for (shard, count), stop in zip(self.shards.items(), stops, strict=True)]
+
+def pack(shards: Mapping[str, int], counts: Counts) -> dict[str, Any]:
+    """Counts as `{used: {shard: "all" | bitmap}, repeated: {sample: count}}`.
+
+    Untouched shards are absent; a bitmap is base64 of zlib of packed bits. `repeated` has the samples (rows of the split's index)
+    that were used more than once; it is absent where there are none.
+    """
+    used: dict[str, str] = {}
+    for shard, start, stop in _places(shards):
+        bits = counts[start:stop] > 0
+        if bits.all() and len(bits):
+            used[shard] = "all"
+        elif bits.any():
+            used[shard] = base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()
+    more = {str(sample): int(counts[sample]) for sample in np.flatnonzero(counts > 1)}
+    return {"used": used, **({"repeated": more} if more else {})}
+
+
+def unpack(shards: Mapping[str, int], record: Mapping[str, Any]) -> Counts:
+    """The counts that `pack` was given.
+
+    Raises:
+        ValueError: the record is of another manifest.
+    """
+    counts = np.zeros(sum(shards.values()), np.uint8)
+    strange = sorted(set(record["used"]) - set(shards))
+    if strange:
+        raise ValueError(
+            f"the ledger is of another manifest: it names {', '.join(strange[:5])}, which this split does not have"
+        )
+    for shard, start, stop in _places(shards):
+        word = record["used"].get(shard)
+        if word == "all":
+            counts[start:stop] = 1
+        elif word is not None:
+            packed = np.frombuffer(zlib.decompress(base64.b64decode(word)), np.uint8)
+            if len(packed) != -(-(stop - start) // 8):
+                raise ValueError(f"the ledger is of another manifest: {shard} has {stop - start} samples here")
+            counts[start:stop] = np.unpackbits(packed, count=stop - start)
+    for sample, count in record.get("repeated", {}).items():
+        counts[int(sample)] = count
+    return counts
+
+
+def _places(shards: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    stops = np.cumsum(list(shards.values())).tolist()
+    return [(shard, stop - count, stop) for (shard, count), stop in zip(shards.items(), stops, strict=True)]

@@ -40,6 +40,7 @@ def run(config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapp
 
     Raises:
         CheckpointError: the run's checkpoints are of another config, set or backbone, or cannot be read.
+        ModelError: the model cannot be built on this machine.
     """
     with Run(config, worker, feed, folder=folder, facts=facts) as training:
         for epoch in range(training.state.epoch, config.train.epochs):
@@ -55,6 +56,8 @@ def run(config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapp
             training.end_epoch()
             if training.validation_due(epoch):
                 training.validate()
+                training.save()
+            elif training.checkpoint_due():
                 training.save()
             if training.gains_no_more():
                 return Result("stopped_early", training.finish("stopped_early"))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vidfuse.config import TrainConfig
-from vidfuse.models.parts import Backbone
+from vidfuse.models.parts import Backbone, Interleaved
 from vidfuse.models.recognizer import Recognizer
 
 
@@ -41,7 +41,8 @@ def parameter_groups(model: Recognizer, *, layer_decay: float | None = None, lat
         model: frozen streams and fixed parameters are marked already.
         layer_decay: share of the learning rate from one block of a backbone to the one before it, as in BEiT (Bao et al. 2021,
             arXiv:2106.08254, appendix): block i of n has `layer_decay ** (n - i)`, what comes before the blocks
-            `layer_decay ** (n + 1)`, what comes after them, fusion and head 1.
+            `layer_decay ** (n + 1)`, what comes after them, fusion and head 1. An exchange between blocks has the share of a block
+            of the pair that it is in, counted in pairs.
         late: streams that are trained from a later epoch on.
 
     Raises:
@@ -68,6 +69,12 @@ def _shares(model: Recognizer, layer_decay: float) -> Iterator[tuple[int, float]
             outside = len(blocks) + 1 if place < first else 0
             power = len(blocks) - number[id(parameter)] if id(parameter) in number else outside
             yield id(parameter), layer_decay**power
+    if model.interleaved:
+        exchanges = cast(Interleaved, model.fusion).exchanges
+        pairs = min(len(cast(Backbone, stream).blocks) for stream in model.streams.values())
+        for pair, exchange in exchanges.items():
+            for parameter in exchange.parameters():
+                yield id(parameter), layer_decay ** (pairs + 1 - pair)
 
 
 def adamw(groups: Groups, train: TrainConfig) -> torch.optim.AdamW:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidfuse.config import Config, Stream
 from vidfuse.data.sampling import World, steps_of
+from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer, checkpoint_activations, parameter_table
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -45,6 +46,21 @@ def parameter_lines(model: Recognizer) -> list[str]:
     rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
     head = f"{'part':<12}{'parameters':>16}{'trainable':>16}{'frozen':>16}"
     return [head, *(f"{name:<12}{total:>16,}{trained:>16,}{total - trained:>16,}" for name, total, trained in rows)]
+
+
+def weights_lines(config: Config, model: Recognizer) -> list[str]:
+    """Where the weights of each part come from, and what their licence asks."""
+    lines = []
+    for name, stream in model.streams.items():
+        found = weights.loaded(stream)
+        lines.append(f"{name}: {_origin(found) if found else f'random, from seed {config.seed}'}")
+        if found and (licence := getattr(stream, "licence", None)):
+            lines.append(f"{name}: {licence}")
+    return [*lines, f"all of it: {config.model.weights}, checked"] if config.model.weights else lines
+
+
+def _origin(found: weights.Loaded) -> str:
+    return f"{found.said}, {'checked' if found.missing is None else 'not on this machine: fetched and checked when the run starts'}"
 
 
 def preset_row(name: str, config: Config, model: Recognizer) -> str:
@@ -79,7 +95,7 @@ PRESET_HEAD = (
 
 def _words(part: Stream) -> str:
     kind = part.options.get("variant")
-    return f"{part.name}{f' {kind}' if kind else ''}{'*' if part.frozen else ''}"
+    return " + ".join((f"{part.name}{f' {kind}' if kind else ''}{'*' if part.frozen else ''}", *part.added))
 
 
 def batch_lines(config: Config, sizes: range) -> list[str]:
@@ -88,10 +104,9 @@ def batch_lines(config: Config, sizes: range) -> list[str]:
     for size in sizes:
         try:
             world = World(size, 0, config.train.global_batch, config.train.micro_batch)
+            made = f"micro batch {world.micro_batch} x accumulation {world.accumulation} x {size} = {world.global_batch}"
             clips = f" videos, {world.global_batch * repeats} clips" if repeats > 1 else ""
-            lines.append(
-                f"{size} workers: micro batch {world.micro_batch} x accumulation {world.accumulation} x {size} = {world.global_batch}{clips}"
-            )
+            lines.append(f"{size} workers: {made}{clips}")
         except ValueError as error:
             lines.append(f"{size} workers: refused, {error}")
     return lines

@@ -2,7 +2,7 @@
 
     config.yaml      the resolved config; `--config` takes it
     run.json         git revision, versions, hardware, command, start
-    metrics.jsonl    one JSON object a line: `kind` is train, validation or event
+    metrics.jsonl    one JSON object a line: `kind` is train, validation, checkpoint or event
     tensorboard/     the same as events
     result.json      figures of the finished run
     report.html      the same for reading
@@ -16,6 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ import torch
 
 from vidfuse.config import Config
 from vidfuse.evaluate.metrics import Scores
-from vidfuse.evaluate.report import report
 from vidfuse.train.worker import write_json
 
 METRICS = "metrics.jsonl"
@@ -41,8 +41,6 @@ class Record:
     """
 
     def __init__(self, folder: Path, config: Config, facts: Mapping[str, str], *, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.config = folder, config
         self.facts = {**facts, **surroundings()}
@@ -50,7 +48,13 @@ class Record:
         (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         (folder / "config.yaml").write_text(config.to_yaml())
         write_json(folder / "run.json", self.facts)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._step = step
+
+    @cached_property
+    def _events(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports, not to be waited for before the first step
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._step + 1)
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """Note values at a step; numbers become TensorBoard scalars `kind/name` too."""
@@ -68,6 +72,8 @@ class Record:
 
     def finish(self, result: Mapping[str, Any], scores: Scores | None, errors: list[tuple[str, str, str]]) -> None:
         """Write result.json and report.html."""
+        from vidfuse.evaluate.report import report  # it loads matplotlib, which a worker that starts need not wait for
+
         self._events.close()
         write_json(self.folder / "result.json", dict(result))
         page = report(

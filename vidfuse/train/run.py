@@ -5,10 +5,11 @@ Comes in: what `loop.run` was given. Goes out: the small verbs that the loop is 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import astuple
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +23,50 @@ from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import Samples, steps_of
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate.metrics import Scores, scores
+from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_digest
+from vidfuse.models.start import restart, start
 from vidfuse.train import checkpoint
 from vidfuse.train.average import Average
 from vidfuse.train.clock import Clock
+from vidfuse.train.due import Due
 from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
+from vidfuse.train.errors import CheckpointError, ModelError
+from vidfuse.train.journal import Journal
 from vidfuse.train.ledger import Ledger
 from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
+from vidfuse.train.shelf import Found
 from vidfuse.train.step import StepResult
 from vidfuse.train.validate import Scored, score
 from vidfuse.train.worker import Worker
 
+log = logging.getLogger(__name__)
+
 PROGRESS_SECONDS = 0.5
 """Between two progress events."""
+SETTLE_SECONDS = 60.0
+"""How long a run that ends by a fault waits for the checkpoint that is being stored."""
 
 
-def model_of(config: Config) -> Recognizer:
-    """The recogniser that a config describes, with fp32 weights on the current default device.
+def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
+    """The recogniser that a config describes, with fp32 weights on the current default device; `model.weights` is not read.
+
+    Args:
+        config: of the run.
+        local: makes a weights source one that this machine can read, as `Worker.local`.
 
     Raises:
-        ValueError: a component, an option or weights that do not fit.
+        ValueError: a component, an option or weights that do not fit, or a stream that is to be trained later and cannot be.
     """
 
     def stream(part: Stream | None) -> dict[str, Any] | None:
         if part is None:
             return None
-        given = part.model_dump(include={"name", "frozen", "trained_blocks", "weights"})
-        return given | {"options": part.options}
+        given = part.model_dump(include={"name", "frozen", "trained_blocks", "adapters", "lora"})
+        return given | {"options": part.options, "weights": None if part.weights is None else local(part.weights)}
 
-    return build_recognizer(
+    model = build_recognizer(
         classes=config.data.classes,
         frames=config.data.frames,
         size=config.data.size,
@@ -61,6 +76,35 @@ def model_of(config: Config) -> Recognizer:
         head_dropout=config.model.head_dropout,
         seed=config.seed,
     )
+    model.check_hold(_first_epochs(config))
+    return model
+
+
+def started(config: Config, local: Callable[[str], str] = str) -> tuple[Recognizer, dict[str, Any]]:
+    """The recogniser that a run begins with, and what it took from `model.weights` for its checkpoints (`State.start`).
+
+    Raises:
+        ValueError: as `model_of`, or `model.weights` do not fit.
+    """
+    model, source = model_of(config, local), config.model.weights
+    return model, {} if source is None else start(model, local(source)).to_json()
+
+
+def continued(config: Config, begun: Mapping[str, Any], local: Callable[[str], str] = str) -> Recognizer:
+    """The recogniser that a checkpoint's weights go into, with all that is not in the checkpoint.
+
+    Args:
+        config: of the run.
+        begun: the checkpoint's `State.start`.
+        local: as for `model_of`.
+
+    Raises:
+        ValueError: as `model_of`, or weights that the checkpoint needs cannot be had.
+    """
+    model = model_of(config, local)
+    if config.model.weights is not None and begun.get("fixed"):
+        restart(model, local(config.model.weights), begun)
+    return model
 
 
 class Run:
@@ -72,23 +116,34 @@ class Run:
         split = feed.packed.manifest.splits[config.data.train_split]
         self._shards = {shard.name: shard.samples for shard in split.shards}
         self._groups: tuple[Group, ...] = ()
+        began = time.time()
         self._average: Average | None = None
         with worker.latest_checkpoint() as found:
-            self.engine, self.state = self._begin(found, facts.get("git_revision", "unknown"))
-        self.ledger = Ledger.from_json(self._shards, self.state.ledger)
+            self.engine, self.state, origins = self._begin(found.folder, facts.get("git_revision", "unknown"))
+        facts = {**facts, **origins}
+        self.ledger = self._ledger(found)
         self._used = int(self.ledger.used.sum())
         self._errors = {SampleError(*error) for error in self.state.unreadable}
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
+        self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
+        if self.journal is not None:
+            self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
         self.clock = Clock()
         self._told = 0.0
         self._scores: Scores | None = None
+        self._scored_step = -1
         self._result: StepResult | None = None
         self._stop_agreed = False
+        self._due = Due(config.train, samples=self.samples)
+        if self.record is not None and found.damaged:
+            self._tell_of_damage(found)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(CheckpointError):  # the run ended by another fault, which is the one to tell
+            self.worker.settle(at_most_seconds=SETTLE_SECONDS)
         self.feed.close()
         self.engine.destroy()
 
@@ -111,18 +166,23 @@ class Run:
         rate = learning_rate(self.config.train, self.samples, self.feed.train_samples)
         held = self.engine.module.held
         set_learning_rates(self.engine, [0.0 if g.stream in held else rate * g.share for g in self._groups])
-        return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop()}
+        save = (self.worker.rank == 0 and self._due.asks()) or self.worker.told_to_save()
+        return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop(), "save": save}
 
     def after_step(self, micro_batches: tuple[Batch, ...], result: StepResult) -> None:
         """Note what was used, and tell people now and then."""
-        self.ledger.mark(torch.cat([batch.samples for batch in micro_batches]).numpy())
+        rows = torch.cat([batch.samples for batch in micro_batches]).numpy()
+        self.ledger.mark(rows[:: self.config.data.repeats])  # the clips of a video follow each other
         self._used = min(self._used + self.config.train.global_batch, self.feed.train_samples)
         self._errors.update(error for batch in micro_batches for error in batch.errors)
         self.state.step += 1
         if self._average is not None:
             self._average.update(self.engine, self.state.step)
         self._stop_agreed = self._result is not None and self._result.stop
+        self._due.passed(self.state.step, self.samples, asked=self._result is not None and self._result.save)
         self._result = result
+        if self.journal is not None:
+            self.journal.stepped(self.state.step)
         if self.record is not None:
             self._tell(result)
 
@@ -131,9 +191,8 @@ class Run:
         return self._stop_agreed
 
     def checkpoint_due(self) -> bool:
-        """Whether a checkpoint inside the epoch is due (the end of an epoch has its own)."""
-        every = self.config.train.checkpoint_every_steps
-        return every is not None and self.state.step % every == 0 and self._used < self.feed.train_samples
+        """Whether a checkpoint is due; one that falls on the last step of an epoch is due when the epoch has ended."""
+        return self._due.now and self._used < self.feed.train_samples
 
     # What the loop asks at the end of an epoch.
 
@@ -143,8 +202,13 @@ class Run:
         Raises:
             DataError: too many of its videos could not be read.
         """
-        self._merge()
-        assert self.ledger.used.all(), f"epoch {self.ledger.epoch} ended with {int((~self.ledger.used).sum())} samples unused"
+        self._merge(closed=True)
+        missing, repeated = int((self.ledger.merged == 0).sum()), int((self.ledger.merged > 1).sum())
+        if missing or repeated:  # a fault of vidfuse; what is done is done, so it is said loudly and the audit names them
+            log.error(
+                "epoch %d is not exactly once: %d samples were not used, %d more than once; `python -m jobs.audit` names them",
+                *(self.ledger.epoch, missing, repeated),
+            )
         count, total = len(self._errors), self.feed.train_samples
         if count > self.config.data.unreadable_limit * total:
             raise DataError(
@@ -169,9 +233,9 @@ class Run:
         labels = self.feed.packed.indices[data.validation_split].label.astype(np.int64)
         self.engine.eval()
         batches = self.feed.score(data.validation_split, clips=1, crops=1, micro_batch=train.micro_batch)
-        with self._average.shown(self.engine) if self._average else nullcontext():
+        with self._average.shown(self.engine) if self._average else contextlib.nullcontext():
             scored = score(self.engine, batches, labels, classes=data.classes, views=1, device=self.worker.device)
-        self._scores = judged(scored, self.feed.packed.manifest.classes)
+        self._scores, self._scored_step = judged(scored, self.feed.packed.manifest.classes), self.state.step
         top1 = self._scores.top1.value
         gained = self.state.best_top1 is None or top1 > self.state.best_top1
         self.state.best_top1 = top1 if gained else self.state.best_top1
@@ -187,23 +251,32 @@ class Run:
         return limit is not None and self.state.epochs_without_gain >= limit
 
     def save(self) -> None:
-        """Write a checkpoint, then have the records on the storage too."""
+        """Write a checkpoint; it is stored with the records while training goes on."""
+        began = time.monotonic()
         self._merge()
         self.state.ledger = self.ledger.to_json()
         self.state.unreadable = sorted(astuple(error) for error in self._errors)
-        validated = self._scores is not None and self._used == 0
+        validated = self._scores is not None and self._scored_step == self.state.step
         metrics = {"top1": self._scores.top1.value} if validated and self._scores else {}
-        self.worker.save(
-            self.state.name, lambda folder: checkpoint.save(self.engine, folder, self.state, self._average), metrics
-        )
         if self.record is not None:
             self.record.flush()
-            self.worker.publish(self.record.folder)
+        self.worker.save(
+            self.state.name,
+            lambda folder: checkpoint.save(self.engine, folder, self.state, self._average),
+            metrics,
+            keep=self.config.train.keep_checkpoints,
+            records=self.record.folder if self.record is not None else None,
+        )
+        self._due.saved(self.state.step, self.samples)
+        if self.record is not None:
+            self.record.add("checkpoint", self.state.step, stall_seconds=round(time.monotonic() - began, 3))
 
     def finish(self, how: str) -> dict[str, Any]:
-        """Write result.json and report.html; the figures, on rank 0."""
-        if self.record is None:
+        """Have the last checkpoint stored, then write result.json and report.html; the figures, on rank 0."""
+        self.worker.settle()
+        if self.record is None or self.journal is None:
             return {}
+        self.journal.end(step=self.state.step, how=how)
         values: dict[str, Any] = {
             "state": how,
             "steps": self.state.step,
@@ -234,39 +307,71 @@ class Run:
         """Clips of a step; a video counts `data.repeats` times."""
         return self.config.train.global_batch * self.config.data.repeats
 
-    def _begin(self, found: Path | None, revision: str) -> tuple[checkpoint.Engine, checkpoint.State]:
-        """The engine and the state, fresh or from a checkpoint; shards of another world size are converted first."""
+    def _begin(self, found: Path | None, revision: str) -> tuple[checkpoint.Engine, checkpoint.State, dict[str, str]]:
+        """The engine and the state, fresh or from a checkpoint, and where the weights are from.
+
+        Shards of another world size are converted first.
+        """
         config, world = self.config, self.feed.world
-        manifest = self.feed.packed.manifest.plan
-        model = model_of(config)
+        manifest = self.feed.packed.manifest
+        state = None if found is None else checkpoint.read_state(found)
+        model, begun = self._model(state)
+        origins = _origins(config, model, begun)
         groups = parameter_groups(model, layer_decay=config.train.layer_decay, late=_first_epochs(config))
         self._groups = tuple(groups)
         frozen = frozen_digest(model)
         tree = config.model_dump(mode="json")
-        if found is None:
-            fresh = checkpoint.State(tree, manifest, revision, frozen, world.size)
+        if found is None or state is None:
+            index = manifest.splits[config.data.train_split].index_sha256
+            fresh = checkpoint.State(tree, manifest.plan, revision, frozen, world.size, index=index, start=begun)
             engine = build_engine(model, groups, config.train, world, self.worker.device)
             self._average = Average.of(engine, config.train)
-            return engine, fresh
-        state = checkpoint.read_state(found)
+            return engine, fresh, origins
         checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
-        elsewhere = state.world_size != world.size
+        elsewhere = state.world_size != world.size and config.train.zero_stage > 0  # without ZeRO nothing is sharded
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
         engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
         self._average = Average.of(engine, config.train)
         checkpoint.restore(engine, found, shards, self._average)
         checkpoint.discard(shards, found)
         state.world_size, state.config, state.git_revision = world.size, tree, revision
-        return engine, state
+        return engine, state, origins
 
-    def _merge(self) -> None:
-        """Have every rank know what all ranks used and could not read."""
-        used = torch.from_numpy(self.ledger.used.astype(np.uint8)).to(self.worker.device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
-        self.ledger.used = used.cpu().numpy().astype(np.bool_)
+    def _model(self, state: checkpoint.State | None) -> tuple[Recognizer, dict[str, Any]]:
+        try:
+            if state is None:
+                return started(self.config, self.worker.local)
+            return continued(self.config, state.start, self.worker.local), state.start
+        except ValueError as error:
+            raise ModelError(f"model: {error}") from error
+
+    def _ledger(self, found: Found) -> Ledger:
+        try:
+            return Ledger.from_json(self._shards, self.state.ledger)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {found.name}: {error}; give the set that run {self.config.run.name!r} was trained on, or another "
+                "--set run.name=... to start afresh"
+            ) from error
+
+    def _tell_of_damage(self, found: Found) -> None:
+        assert self.record is not None
+        for damage in found.damaged:
+            self.record.add("event", self.state.step, what="damaged_checkpoint", **asdict(damage), used=found.name)
+        self.worker.publish(self.record.folder)
+
+    def _merge(self, *, closed: bool = False) -> None:
+        """Have every rank know what all ranks used and could not read, and the journal too."""
+        fresh = torch.from_numpy(self.ledger.fresh).to(self.worker.device, copy=True)
+        dist.all_reduce(fresh)
+        uses = fresh.cpu().numpy()
+        self.ledger.add(uses)
         everyone: list[set[SampleError]] = [set() for _ in range(self.worker.world_size)]
         dist.all_gather_object(everyone, self._errors)
         self._errors = set().union(*everyone)
+        if self.journal is not None and (closed or uses.any()):
+            place = {"step": self.state.step, "epoch": self.ledger.epoch}
+            self.journal.used(**place, uses=uses, errors=self._errors, closed=closed)
 
     def _tell(self, result: StepResult) -> None:
         assert self.record is not None
@@ -294,13 +399,25 @@ class Run:
         done = self.clock.steps
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
-        return {**place, **values, **speed, "eta_seconds": eta}
+        return {**place, "time": round(time.time(), 3), **values, **speed, "eta_seconds": eta}
+
+
+def _origins(config: Config, model: Recognizer, begun: Mapping[str, Any]) -> dict[str, str]:
+    """Where the weights of each part are from, for the records."""
+    streams = {"semantic": config.model.semantic, "motion": config.model.motion}
+    loaded = {name: weights.loaded(module) for name, module in model.streams.items()}
+    found = {
+        f"weights of {name}": f"{part.weights} ({of.said}), sha256 {of.sha256}"
+        for name, part in streams.items()
+        if part is not None and (of := loaded.get(name)) is not None
+    }
+    return found | ({"weights of the model": f"{config.model.weights}, sha256 {begun['sha256']}"} if begun else {})
 
 
 def _first_epochs(config: Config) -> dict[str, int]:
     """The streams that are trained from a later epoch than the first, and from which."""
     streams = {"semantic": config.model.semantic, "motion": config.model.motion}
-    return {name: s.train_from_epoch for name, s in streams.items() if s is not None and not s.frozen and s.train_from_epoch}
+    return {name: s.train_from_epoch for name, s in streams.items() if s is not None and s.trained and s.train_from_epoch}
 
 
 def judged(scored: Scored, classes: tuple[str, ...]) -> Scores:

@@ -27,7 +27,7 @@ class StepResult:
     """Sums over all ranks of a step; read it late, since reading waits for the device."""
 
     sums: Tensor
-    """[4] weighted loss, correct, weight, ranks that were asked to stop."""
+    """[5] weighted loss, correct, weight, ranks that were asked to stop, ranks that ask for a checkpoint."""
     grad_norm: float
 
     @property
@@ -45,9 +45,22 @@ class StepResult:
         """Whether any rank was asked to stop."""
         return bool(self.sums[3] > 0)
 
+    @property
+    def save(self) -> bool:
+        """Whether any rank asks for a checkpoint."""
+        return bool(self.sums[4] > 0)
+
 
 def train_step(
-    engine: Engine, micro_batches: tuple[Batch, ...], train: TrainConfig, world: World, *, seed: int, step: int, stop: bool
+    engine: Engine,
+    micro_batches: tuple[Batch, ...],
+    train: TrainConfig,
+    world: World,
+    *,
+    seed: int,
+    step: int,
+    stop: bool,
+    save: bool = False,
 ) -> StepResult:
     """One optimizer step over all ranks.
 
@@ -59,6 +72,7 @@ def train_step(
         seed: of the run.
         step: number of the step; dropout is drawn from (seed, step, rank), so that a resumed run draws the same.
         stop: whether this rank was asked to stop.
+        save: whether this rank asks for a checkpoint.
     """
     engine.train()
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + world.rank)
@@ -67,14 +81,14 @@ def train_step(
     total = torch.stack([batch.weights.sum() for batch in batches]).sum()
     dist.all_reduce(total)
     scale = world.accumulation * world.size / total.clamp(min=1)
-    sums = torch.zeros(4, device=device)
+    sums = torch.zeros(5, device=device)
     for batch in batches:
         logits = engine(batch.clips)
         losses = cross_entropy(logits, batch.labels, smoothing=train.label_smoothing) * batch.weights
         engine.backward(losses.sum() * scale)
         engine.step()
         correct = ((logits.argmax(-1) == batch.labels) * batch.weights).sum()
-        sums += torch.stack([losses.detach().sum(), correct.detach(), batch.weights.sum(), torch.zeros((), device=device)])
-    sums[3] = float(stop)
+        sums[:3] += torch.stack([losses.detach().sum(), correct.detach(), batch.weights.sum()])
+    sums[3], sums[4] = float(stop), float(save)
     dist.all_reduce(sums)
     return StepResult(sums, float(engine.get_global_grad_norm() or 0.0))

@@ -11,18 +11,19 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 
-from vidfuse.train.errors import CheckpointError
+from vidfuse.train.keeper import Keeper
+from vidfuse.train.shelf import Found, Shelf
 
-CHECKPOINTS = "checkpoints.json"
-"""File of a run: `{"last": name, "best": name, "scores": {name: top1}}`."""
-CHECKPOINT_PREFIX = "step-"
+PROGRESS = "progress.json"
+"""File of a local run: its newest progress event."""
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Takes a progress event: epoch, epochs, step, steps, loss, clips_per_second, data_wait_fraction, eta_seconds ..."""
@@ -37,20 +38,57 @@ class Worker(Protocol):
     """Name of the machine that the rank is on: ranks with the same one share its disk."""
     device: torch.device
 
-    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The newest checkpoint as a local folder, for as long as the context is open; `None`: start afresh."""
-        ...
-
-    def save(self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float]) -> None:
-        """Have every rank `write` its part of checkpoint `name` into a folder, and make it the newest. All ranks call it.
+    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Found]:
+        """The newest good checkpoint as a local folder, for as long as the context is open, and the damaged ones before it.
 
         Raises:
-            CheckpointError: it could not be written or stored; the one before is as good as it was.
+            CheckpointError: there are checkpoints and none is good.
+        """
+        ...
+
+    def save(
+        self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None
+    ) -> None:
+        """Have every rank `write` its part of checkpoint `name` into a folder; it is stored while training goes on.
+
+        All ranks call it. `keep` of the newest stay, and the best. `records`: the folder of the run's records on rank 0, which
+        are stored with it.
+
+        Raises:
+            CheckpointError: it could not be written, or the one before it not stored; those before are as good as they were.
+        """
+        ...
+
+    def settle(self, *, at_most_seconds: float | None = None) -> None:
+        """Wait until the checkpoint that was saved last is stored (or it is given up after a time). All ranks call it.
+
+        Raises:
+            CheckpointError: it could not be stored; those before are as good as they were.
+        """
+        ...
+
+    def local(self, source: str) -> str:
+        """A weights source of the config as this machine can read it: objects on storage become local files.
+
+        Raises:
+            ValueError: it cannot be had.
         """
         ...
 
     def publish(self, folder: Path) -> None:
         """Put the files of a folder into the run's folder on its storage (rank 0 alone calls it)."""
+        ...
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file into the run's folder on its storage; it is there when this returns (rank 0 alone calls it)."""
+        ...
+
+    def kept(self, folder: str) -> list[str]:
+        """Names of what was kept in a folder of the run."""
+        ...
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """The newest progress event of the try before this one, told once; `None`: nothing is known (rank 0 alone calls it)."""
         ...
 
     def progress(self, event: Mapping[str, Any]) -> None:
@@ -59,6 +97,10 @@ class Worker(Protocol):
 
     def should_stop(self) -> bool:
         """Whether the run has been asked to end with a checkpoint (the same answer on all ranks)."""
+        ...
+
+    def told_to_save(self) -> bool:
+        """Whether a machine of the run is about to be taken away, said once: a checkpoint is wanted now (any rank may say it)."""
         ...
 
 
@@ -81,37 +123,53 @@ class LocalWorker:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it; torchrun and Ray Train set it
         self.device = device or (torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
         self._on_progress = on_progress
+        shelf = Shelf(pafs.LocalFileSystem(), str(folder.absolute()))
+        self._keeper = Keeper(shelf, machine=self.machine, in_place=True, publish=self.publish)
 
-    @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
+    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Found]:
         """See `Worker`."""
-        record = read_checkpoints(self.folder)
-        yield self.folder / record["last"] if record["last"] else None
+        return self._keeper.find()
 
-    def save(self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float]) -> None:
-        """See `Worker`. Written beside its final place and moved there when every rank has written its part."""
-        part = self.folder / f".{name}.part"
-        if self.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        dist.barrier()
-        try:
-            write(part)
-        except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {name} was not written: {error}; the one before is unharmed") from error
-        dist.barrier()
-        if self.rank == 0:
-            self._keep(name, part, metrics)
-        dist.barrier()
+    def save(
+        self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None
+    ) -> None:
+        """See `Worker`. Written where it stays; in the background it is put on the disk and hashed."""
+        elsewhere = records is not None and records.resolve() != self.folder.resolve()
+        self._keeper.save(name, write, metrics, keep=keep, records=records if elsewhere else None)
+
+    def settle(self, *, at_most_seconds: float | None = None) -> None:
+        """See `Worker`."""
+        self._keeper.settle(at_most_seconds=at_most_seconds)
+
+    def local(self, source: str) -> str:
+        """See `Worker`; paths and published files are all it reads."""
+        return source
 
     def publish(self, folder: Path) -> None:
         """See `Worker`."""
         if folder.resolve() != self.folder.resolve():
             shutil.copytree(folder, self.folder, dirs_exist_ok=True)
 
+    def keep(self, name: str, content: Mapping[str, Any]) -> None:
+        """See `Worker`."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+    def kept(self, folder: str) -> list[str]:
+        """See `Worker`."""
+        return sorted(path.name for path in (self.folder / folder).glob("[!.]*"))
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """See `Worker`."""
+        path = self.folder / PROGRESS
+        event = json.loads(path.read_text()) if path.exists() else None
+        path.unlink(missing_ok=True)
+        return event
+
     def progress(self, event: Mapping[str, Any]) -> None:
         """See `Worker`."""
+        write_json(self.folder / PROGRESS, event)
         if self._on_progress is not None:
             self._on_progress(event)
 
@@ -119,14 +177,9 @@ class LocalWorker:
         """See `Worker`; a local run is not asked."""
         return False
 
-    def _keep(self, name: str, part: Path, metrics: Mapping[str, float]) -> None:
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        part.rename(self.folder / name)
-        record = note_checkpoint(read_checkpoints(self.folder), name, metrics)
-        write_json(self.folder / CHECKPOINTS, record)
-        for old in self.folder.glob(f"{CHECKPOINT_PREFIX}*"):
-            if old.name not in (record["last"], record["best"]):
-                shutil.rmtree(old, ignore_errors=True)
+    def told_to_save(self) -> bool:
+        """See `Worker`; a local run is not told."""
+        return False
 
 
 def init_process_group() -> None:
@@ -141,19 +194,9 @@ def init_process_group() -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def note_checkpoint(record: dict[str, Any], name: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The record of checkpoints after one more: the last is `name`; the best has the highest validation top-1."""
-    scores = dict(record["scores"])
-    if "top1" in metrics:
-        scores[name] = metrics["top1"]
-    best = max(scores, key=lambda n: (scores[n], list(scores).index(n)), default=None)  # of equals the later, as Ray keeps it
-    return {"last": name, "best": best, "scores": scores}
-
-
 def read_checkpoints(folder: Path) -> dict[str, Any]:
-    """The record of a run's checkpoints; empty for a fresh run."""
-    path = folder / CHECKPOINTS
-    return json.loads(path.read_text()) if path.exists() else {"last": None, "best": None, "scores": {}}
+    """The record of a local run's checkpoints; empty for a fresh run."""
+    return Shelf(pafs.LocalFileSystem(), str(folder)).record()
 
 
 def write_json(path: Path, content: object) -> None:

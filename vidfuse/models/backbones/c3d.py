@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -131,10 +130,5 @@ def build(
             f"data.size {least[1]} or more"
         )
     model = C3D(stage=stage)
-    if pretrained:
-        with weights.fetching("C3D (Sports-1M)", file=PUBLISHED):
-            found = torch.hub.load_state_dict_from_url(PUBLISHED, map_location="cpu", weights_only=True, progress=False)
-        state = model.published_state(found.get("state_dict", found))
-        weights.check(model, state, said=PUBLISHED)
-        model.load_state_dict(state)
+    weights.load(model, weights.from_url(PUBLISHED, "C3D (Sports-1M)") if pretrained else None)
     return model

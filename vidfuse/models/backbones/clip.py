@@ -17,7 +17,7 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FrameViT, check_patch
+from vidfuse.models.layers import VIT_BLOCKS, FrameViT, check_patch, check_share, check_stride, kept_blocks
 
 Variant = Literal["vitb32", "vitb16", "vitl14", "vitl14_336"]
 NAMES = {
@@ -36,6 +36,9 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vitb16",
     tokens: Literal["all", "class", "patch"] = "all",
+    stochastic_depth: float = 0.0,
+    frame_stride: int = 1,
+    depth: int | None = None,
 ) -> FrameViT:
     """Build the backbone.
 
@@ -45,13 +48,28 @@ def build(
         pretrained: Fetch the published weights.
         variant: Size of the transformer and of its patches; `vitl14_336` was trained on after that at 336 pixels.
         tokens: Which tokens of a frame are given.
+        stochastic_depth: Share of frames that skip the last block's branches in training, less in earlier blocks.
+        frame_stride: Of so many frames in a row the last is looked at, and stands for all of them.
+        depth: Number of blocks kept, from the first. `None`: all.
 
     Raises:
-        ValueError: `size` is no multiple of the patch, or the weights cannot be fetched.
+        ValueError: `size` is no multiple of the patch, `stochastic_depth` is no share, `frame_stride` does not divide `frames`,
+            a depth beyond the variant's, or the weights cannot be fetched.
     """
     check_patch(size, int(variant[4:6]))
+    check_share("stochastic_depth", stochastic_depth)
+    check_stride(frames, frame_stride)
+    blocks = VIT_BLOCKS[variant[3]]
+    kept = kept_blocks(depth, blocks)
     name, trained_at = NAMES[variant]
-    vit = timm.create_model(f"{name}_quickgelu_{trained_at}.openai", num_classes=0, global_pool="", dynamic_img_size=True)
-    backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn)
+    vit = timm.create_model(
+        f"{name}_quickgelu_{trained_at}.openai",
+        num_classes=0,
+        global_pool="",
+        dynamic_img_size=True,
+        depth=kept,
+        drop_path_rate=stochastic_depth,
+    )
+    backbone = FrameViT(vit, tokens=tokens, adapt=checkpoint_filter_fn, frame_stride=frame_stride, later=range(kept, blocks))
     weights.load(backbone, weights.from_hub(f"timm/{name}_{trained_at}.openai") if pretrained else None)
     return backbone

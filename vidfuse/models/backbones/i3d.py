@@ -6,6 +6,8 @@ the first stage: 16 frames are 8 positions; space is H / 16 after `stage4` and H
 Source: Carreira and Zisserman 2017 (arXiv:1705.07750) on the ResNet-50 of Wang et al. 2018 (arXiv:1711.07971, table 1), in the form
 that PySlowFast and PyTorchVideo publish with Kinetics-400 weights (`I3D_8x8_R50`: 28.0 M parameters with the classifier that is left
 out here, 73.27 top-1 at 8 frames x stride 8; PyTorchVideo's model zoo). Parameter names are PyTorchVideo's; PySlowFast's are translated.
+With `inflate` the weights are those of a ResNet-50 for pictures (torchvision's and timm's names; ImageNet-1k weights of torchvision by
+timm, BSD-3-Clause), each filter repeated in time and divided by its length (Carreira and Zisserman, section 2.1).
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,11 +23,15 @@ from vidfuse.models import weights
 from vidfuse.models.layers import BatchNorm3d, FreezableBatchNorm, cells_of, without
 from vidfuse.models.parts import Tokens
 
+IMAGENET = "timm/resnet50.tv_in1k"
 PUBLISHED = "https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/I3D_8x8_R50.pyth"
 STAGES = {"stage2": (1, 3, 64), "stage3": (3, 4, 128), "stage4": (4, 6, 256), "stage5": (5, 3, 512)}
 """Number among `blocks`, residual blocks, inner channels; a block gives four times as many."""
 IN_TIME = {"stage2": (3,), "stage3": (3, 1), "stage4": (3, 1), "stage5": (1, 3)}
 """Length in time of the blocks' first convolutions, taken in turn."""
+
+KINDS = {"conv": "conv", "bn": "norm"}
+FILES = {False: "of an I3D", True: "of a ResNet-50 for pictures"}
 
 
 class Stem(nn.Module):
@@ -110,12 +115,14 @@ class I3D(FreezableBatchNorm):
     Args:
         stage: Last stage; later ones and the classifier are left out.
         batch_norm: `frozen` keeps running statistics and affine parameters as they are, also in training mode.
+        inflate: Whether files are those of a ResNet-50 for pictures, and pictures' normalisation is that of ImageNet.
     """
 
-    mean, std = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-
-    def __init__(self, *, stage: str, batch_norm: Literal["train", "frozen"]) -> None:
+    def __init__(self, *, stage: str, batch_norm: Literal["train", "frozen"], inflate: bool = False) -> None:
         super().__init__()
+        self.inflate = inflate
+        self.mean = (0.485, 0.456, 0.406) if inflate else (0.45, 0.45, 0.45)
+        self.std = (0.229, 0.224, 0.225) if inflate else (0.225, 0.225, 0.225)
         names = [name for name in STAGES if name <= stage]
         self.width = 4 * STAGES[stage][2]
         stages = [ResStage(name) for name in names]
@@ -130,10 +137,27 @@ class I3D(FreezableBatchNorm):
         return cells_of(self.blocks, clip)
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """State of PyTorchVideo's or PySlowFast's file without the classifier and the stages that are not here."""
-        named = {_pytorchvideo_name(key): value for key, value in state.items()}
+        """State of PyTorchVideo's or PySlowFast's file without the classifier and the stages that are not here.
+
+        With `inflate`, that of torchvision's or timm's ResNet-50.
+
+        Raises:
+            ValueError: the file is of a ResNet-50 and inflation was not asked for, or the other way round.
+        """
+        flat = "conv1.weight" in state and state["conv1.weight"].ndim == 4
+        if flat != self.inflate:
+            raise ValueError(f"i3d: the file is {FILES[flat]}; for this file give the option inflate={str(flat).lower()}")
+        named = self._inflated(state) if flat else {_pytorchvideo_name(key): value for key, value in state.items()}
         later = ("blocks.6.", *(f"blocks.{number}." for number, _, _ in STAGES.values() if number >= len(self.blocks)))
         return without(named, later, said="i3d")
+
+    def _inflated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = self.state_dict()
+        named = {_resnet_name(key): value for key, value in state.items()}
+        return {
+            key: weights.inflated(value, own[key].shape[2]) if value.ndim == 4 and key in own and own[key].ndim == 5 else value
+            for key, value in named.items()
+        }
 
 
 def _pytorchvideo_name(key: str) -> str:
@@ -147,6 +171,18 @@ def _pytorchvideo_name(key: str) -> str:
     return re.sub(r"^head\.projection\.", "blocks.6.proj.", key)
 
 
+def _resnet_name(key: str) -> str:
+    """Name of a tensor of torchvision's ResNet-50 (`layer1.0.downsample.1.bias`) as PyTorchVideo has it in I3D."""
+    if match := re.fullmatch(r"(conv|bn)1\.(\w+)", key):
+        return f"blocks.0.{KINDS[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"layer([1-4])\.(\d+)\.(conv|bn)([1-3])\.(\w+)", key):
+        block = _block(str(int(match[1]) + 1), match[2])
+        return f"{block}.branch2.{KINDS[match[3]]}_{'abc'[int(match[4]) - 1]}.{match[5]}"
+    if match := re.fullmatch(r"layer([1-4])\.(\d+)\.downsample\.([01])\.(\w+)", key):
+        return f"{_block(str(int(match[1]) + 1), match[2])}.branch1_{('conv', 'norm')[int(match[3])]}.{match[4]}"
+    return re.sub(r"^fc\.", "blocks.6.proj.", key)
+
+
 def _block(stage: str, number: str) -> str:
     return f"blocks.{STAGES[f'stage{stage}'][0]}.res_blocks.{number}"
 
@@ -158,26 +194,25 @@ def build(
     pretrained: bool = False,
     stage: Literal["stage4", "stage5"] = "stage5",
     batch_norm: Literal["train", "frozen"] = "train",
+    inflate: bool = False,
 ) -> I3D:
     """Build the backbone.
 
     Args:
         frames: T of a clip, 2 at least. 8 is what the published weights were trained with.
         size: Height and width of a clip, in pixels; any. 224 is what the published weights were trained with.
-        pretrained: Fetch the published Kinetics-400 weights.
+        pretrained: Fetch the published Kinetics-400 weights; with `inflate`, those of ImageNet-1k.
         stage: Whose output the tokens are: stage4 (1024 wide) or stage5 (2048).
         batch_norm: `train` normalises by the batch and updates running statistics, `frozen` does neither.
+        inflate: Whether the weights are those of a ResNet-50 for pictures, inflated in time: files are then torchvision's or timm's
+            `resnet50`, and pictures are normalised as for ImageNet.
 
     Raises:
         ValueError: a clip of one frame, or the weights cannot be fetched.
     """
     if frames < 2:
         raise ValueError(f"i3d halves time once: data.frames is 2 or more, given {frames}")
-    model = I3D(stage=stage, batch_norm=batch_norm)
-    if pretrained:
-        with weights.fetching("I3D_8x8_R50 (Kinetics-400)", file=PUBLISHED):
-            found = torch.hub.load_state_dict_from_url(PUBLISHED, map_location="cpu", weights_only=True, progress=False)
-        state = model.published_state(found["model_state"])
-        weights.check(model, state, said=PUBLISHED)
-        model.load_state_dict(state)
+    model = I3D(stage=stage, batch_norm=batch_norm, inflate=inflate)
+    file = weights.from_hub(IMAGENET) if inflate else weights.from_url(PUBLISHED, "I3D_8x8_R50 (Kinetics-400)")
+    weights.load(model, file if pretrained else None)
     return model

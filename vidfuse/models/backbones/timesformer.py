@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from transformers import TimesformerConfig, TimesformerModel
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, frame_positions, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens
+from vidfuse.models.layers import check_patch, drop_rates, frame_positions, grid_positions, kept_blocks, without
+from vidfuse.models.parts import Branches, Tokens
 
 Attention = Literal["divided", "joint", "space_only"]
 TYPES = {"divided": "divided_space_time", "joint": "joint_space_time", "space_only": "space_only"}
@@ -59,6 +60,13 @@ class TimeSformer(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks."""
         return tuple(self.timesformer.encoder.layer)
+
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attentions and feed-forward part of each block; divided attention is two, over time and over the frame."""
+        layers = cast(Sequence[Any], self.blocks)
+        names = [name for name in ("temporal_attention", "attention") if hasattr(layers[0], name)]
+        return tuple(Branches({n: getattr(layer, n) for n in names}, (layer.intermediate, layer.output)) for layer in layers)
 
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """Class token and patches of the clip, or of each of its frames."""
@@ -105,6 +113,7 @@ def build(
     attention: Attention = "divided",
     checkpoint: Literal["kinetics", "ssv2"] = "kinetics",
     depth: int | None = None,
+    stochastic_depth: float = 0.0,
 ) -> TimeSformer:
     """Build the backbone.
 
@@ -116,10 +125,12 @@ def build(
             frames at once (`joint`), or its frame (`space_only`). Weights are published of `divided`.
         checkpoint: Data set that the weights were trained to classify: Kinetics-400 or Something-Something V2.
         depth: Number of blocks kept, from the first. `None`: all 12.
+        stochastic_depth: Share of clips that skip the last block's branches in training, less in earlier blocks; of divided attention
+            each place's frames skip attention over time, and each frame that in space, by themselves, as in the library.
 
     Raises:
-        ValueError: no frame, a size that patches do not tile, a depth beyond 12, or weights that are not published or cannot
-            be fetched.
+        ValueError: no frame, a size that patches do not tile, a depth beyond 12, a stochastic depth that is no share, or weights
+            that are not published or cannot be fetched.
     """
     if frames < 1:
         raise ValueError(f"timesformer takes clips of 1 frame or more, given {frames}")
@@ -130,7 +141,10 @@ def build(
     config = TimesformerConfig(
         image_size=size, num_frames=frames, num_hidden_layers=kept, attention_type=TYPES[cast(str, attention)]
     )
-    backbone = TimeSformer(TimesformerModel(config), later=range(kept, BLOCKS))
+    model = TimesformerModel(config)
+    for layer, rate in zip(model.encoder.layer, drop_rates(stochastic_depth, kept), strict=True):
+        layer.drop_path = StochasticDepth(rate, "row")  # of the library's configuration the rate is a whole number
+    backbone = TimeSformer(model, later=range(kept, BLOCKS))
     if pretrained:
         weights.load(backbone, weights.from_hub(PUBLISHED[checkpoint]))
     return backbone

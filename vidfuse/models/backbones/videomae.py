@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, check_tubelet, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens
+from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vits16", "vitb16", "vitl16"]
 Checkpoint = Literal["pretrain", "kinetics", "ssv2"]
@@ -53,6 +54,7 @@ class VideoMAE(nn.Module):
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     licence = LICENCE
+    patches_count = True
 
     def __init__(self, videomae: VideoMAEModel, *, later: Sequence[int] = ()) -> None:
         super().__init__()
@@ -68,11 +70,29 @@ class VideoMAE(nn.Module):
         """The transformer's blocks."""
         return tuple(self.videomae.encoder.layer)
 
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block; the latter's second half adds it to the tokens."""
+        layers = cast(Sequence[Any], self.blocks)
+        return tuple(Branches({"attention": layer.attention}, (layer.intermediate, layer.output)) for layer in layers)
+
+    @property
+    def halfway(self) -> Sequence[nn.Module]:
+        """The attention of each block."""
+        return tuple(layer.attention for layer in cast(Sequence[Any], self.blocks))
+
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""
-        frames, _, height, width = clip.shape[1:]
-        positions = grid_positions(frames // TUBELET, height // PATCH, width // PATCH)
-        return Tokens(self.videomae(clip).last_hidden_state, positions)
+        return Tokens(self.videomae(clip).last_hidden_state, grid_positions(*_grid(clip)))
+
+    def begin(self, clip: Float[Tensor, "B T C H W"]) -> Underway:
+        """Tokens before the first block."""
+        return Underway(self.videomae.embeddings(clip, None), _grid(clip))
+
+    def end(self, underway: Underway) -> Tokens:
+        """Tokens as of a call, of values after the last block."""
+        norm = self.videomae.layernorm
+        return Tokens(underway.values if norm is None else norm(underway.values), grid_positions(*underway.grid))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of a hub's file without decoder, classifier and the blocks that are not here.
@@ -91,6 +111,11 @@ class VideoMAE(nn.Module):
         return kept
 
 
+def _grid(clip: Float[Tensor, "B T C H W"]) -> tuple[int, int, int]:
+    frames, _, height, width = clip.shape[1:]
+    return frames // TUBELET, height // PATCH, width // PATCH
+
+
 def _own_name(key: str) -> str:
     """Name of a hub's tensor with the encoder's prefix and with biases as transformers has them since its version 5."""
     key = re.sub(r"^(embeddings|encoder|layernorm)\.", r"videomae.\1.", key)
@@ -105,6 +130,7 @@ def build(
     variant: Variant = "vitb16",
     checkpoint: Checkpoint = "pretrain",
     depth: int | None = None,
+    stochastic_depth: float = 0.0,
 ) -> VideoMAE:
     """Build the backbone.
 
@@ -117,10 +143,11 @@ def build(
             fine-tuned to classify Kinetics-400 or Something-Something V2 (`ssv2`; not published of vitl16). It decides about the
             architecture, too: fine-tuned tokens are not normed last, as the fine-tuned norm is one of their mean.
         depth: Number of blocks kept, from the first. `None`: all.
+        stochastic_depth: Share of clips that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, or weights that are not published
-            or cannot be fetched.
+        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, a stochastic depth that is no share, or
+            weights that are not published or cannot be fetched.
     """
     check_tubelet(frames, TUBELET)
     check_patch(size, PATCH)
@@ -138,6 +165,10 @@ def build(
     )
     model = VideoMAEModel(config)
     model.set_attn_implementation("sdpa")
+    layers = cast(Sequence[Any], model.encoder.layer)
+    for layer, rate in zip(layers, drop_rates(stochastic_depth, kept), strict=True):
+        for branch in (layer.attention.output, layer.output):
+            branch.dropout = StochasticDepth(rate, "row")  # in the place of a dropout of 0: the library has none of this kind
     backbone = VideoMAE(model, later=range(kept, blocks))
     weights.load(backbone, weights.from_hub(repository) if repository else None)
     return backbone

@@ -10,15 +10,16 @@ by transformers (`VJEPA2Model`), weights by the authors on the Hugging Face hub 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from transformers import VJEPA2Config, VJEPA2Model
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, check_tubelet, grid_positions, kept_blocks, without
-from vidfuse.models.parts import Tokens
+from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
+from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vitl16", "vith16", "vitg16", "vitg16_384"]
 TUBELET, PATCH = 2, 16
@@ -41,6 +42,7 @@ class VJEPA2(nn.Module):
     """
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    patches_count = True
 
     def __init__(self, model: VJEPA2Model, *, later: Sequence[int] = ()) -> None:
         super().__init__()
@@ -53,16 +55,37 @@ class VJEPA2(nn.Module):
         """The transformer's blocks."""
         return tuple(self.encoder.layer)
 
+    @property
+    def branches(self) -> Sequence[Branches]:
+        """Attention and feed-forward part of each block."""
+        return tuple(Branches({"attention": layer.attention}, (layer.mlp,)) for layer in cast(Sequence[Any], self.blocks))
+
+    @property
+    def halfway(self) -> Sequence[nn.Module]:
+        """Of each block its stochastic depth, or nothing, which is called for attention's branch first."""
+        return tuple(layer.drop_path for layer in cast(Sequence[Any], self.blocks))
+
     def forward(self, clip: Float[Tensor, "B T C H W"]) -> Tokens:
         """A token for each tubelet."""
-        frames, _, height, width = clip.shape[1:]
-        positions = grid_positions(frames // TUBELET, height // PATCH, width // PATCH)
-        return Tokens(self.encoder(clip).last_hidden_state, positions)
+        return Tokens(self.encoder(clip).last_hidden_state, grid_positions(*_grid(clip)))
+
+    def begin(self, clip: Float[Tensor, "B T C H W"]) -> Underway:
+        """Tokens before the first block."""
+        return Underway(self.encoder.embeddings(clip), _grid(clip))
+
+    def end(self, underway: Underway) -> Tokens:
+        """Tokens as of a call, of values after the last block."""
+        return Tokens(self.encoder.layernorm(underway.values), grid_positions(*underway.grid))
 
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of a hub's file without predictor, pooler, classifier and the blocks that are not here."""
         named = {key.removeprefix("vjepa2."): value for key, value in state.items()}
         return without(named, ("predictor.", "pooler.", "classifier.", *self._later), said="vjepa2")
+
+
+def _grid(clip: Float[Tensor, "B T C H W"]) -> tuple[int, int, int]:
+    frames, _, height, width = clip.shape[1:]
+    return frames // TUBELET, height // PATCH, width // PATCH
 
 
 def build(
@@ -72,6 +95,7 @@ def build(
     pretrained: bool = False,
     variant: Variant = "vitl16",
     depth: int | None = None,
+    stochastic_depth: float = 0.0,
 ) -> VJEPA2:
     """Build the backbone.
 
@@ -82,9 +106,11 @@ def build(
         pretrained: Fetch the published weights.
         variant: Size of the transformer; vitg16_384 is vitg16 with weights trained at 384 x 384.
         depth: Number of blocks kept, from the first. `None`: all.
+        stochastic_depth: Share of clips that skip the last block's branches in training, less in earlier blocks.
 
     Raises:
-        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, or weights that cannot be fetched.
+        ValueError: frames or size that tubelets do not tile, a depth beyond the variant's, a stochastic depth that is no share, or
+            weights that cannot be fetched.
     """
     check_tubelet(frames, TUBELET)
     check_patch(size, PATCH)
@@ -101,6 +127,8 @@ def build(
     )
     model = VJEPA2Model(config)
     model.set_attn_implementation("sdpa")
+    for layer, rate in zip(model.encoder.layer, drop_rates(stochastic_depth, kept), strict=True):
+        layer.drop_path = StochasticDepth(rate, "row")  # the library's rounds its draws where weights are bfloat16
     backbone = VJEPA2(model, later=range(kept, blocks))
     weights.load(backbone, weights.from_hub(PUBLISHED[variant]) if pretrained else None)
     return backbone
