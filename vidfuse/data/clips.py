@@ -2,8 +2,8 @@
 
 Comes in: a `Part` (which videos, for which epoch) and a file system. Goes out: columns of rows, a row being one view of one
 sample: in training one of its `data.repeats`, in testing one of its temporal and spatial views. Only the byte ranges of the
-wanted videos are read. A video that cannot be decoded gives rows of weight 0 and the reason; a file that cannot be read raises,
-since that is the storage's fault and not the video's.
+wanted videos are read. A video that cannot be decoded, or that lies behind the end of a truncated shard, gives rows of weight 0
+and the reason; a file that cannot be read raises, since that is the storage's fault and not the video's.
 
 Axes: R rows (videos x views), T frames, H = W = size.
 """
@@ -28,6 +28,8 @@ from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
 
 FETCHES_AT_ONCE = 8
 """Byte ranges that a reading task asks of the storage at the same time."""
+READS = 3
+"""Tries of a byte range, beyond those of the file system: a connection that is lost within the answer is no error to pyarrow."""
 CROPS, FRAMES = 1, 2
 """Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows."""
 
@@ -115,6 +117,8 @@ class ClipReader:
             if video is None:
                 continue
             try:
+                if isinstance(content, DecodeError):
+                    raise content
                 self._decode(video, content, part.epoch, out["clip"][place])
                 out["weight"][place] = 1
             except DecodeError as error:
@@ -122,7 +126,7 @@ class ClipReader:
                 out["error"][place] = f"{video.shard}\t{video.key}\t{error}"
         return out
 
-    def _contents(self, videos: Iterable[Video | None]) -> Iterator[tuple[Video | None, bytes]]:
+    def _contents(self, videos: Iterable[Video | None]) -> Iterator[tuple[Video | None, bytes | DecodeError]]:
         state = pickle.dumps(self.filesystem)
         with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
             jobs = [(v, pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None) for v in videos]
@@ -189,10 +193,24 @@ def _filesystem(state: bytes) -> Any:
     return pickle.loads(state)  # noqa: S301  (what this very process, or its driver, pickled; never bytes from storage)
 
 
-def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes:
-    content: bytes = _open(filesystem, path).read_at(size, offset)
-    if len(content) != size:
-        raise OSError(
-            f"{path}: {size} bytes wanted at {offset}, {len(content)} came; the shard is truncated (jobs.check tells)"
-        )
-    return content
+def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes | DecodeError:
+    """A byte range of a shard, or why it is not there.
+
+    Raises:
+        OSError: the storage does not give it.
+    """
+    for attempt in range(READS):
+        shard = (
+            _open(filesystem, path) if attempt == 0 else _filesystem(filesystem).open_input_file(path)
+        )  # it may be another now
+        if offset + size > shard.size():
+            return DecodeError(f"the shard ends at byte {shard.size()}, this video at {offset + size}: it is truncated")
+        try:
+            content: bytes = shard.read_at(size, offset)
+        except OSError:
+            if attempt + 1 == READS:
+                raise
+            continue
+        if len(content) == size:
+            return content
+    raise OSError(f"{path}: {size} bytes wanted at {offset}, {len(content)} came, {READS} times")
