@@ -36,13 +36,17 @@ class Nodes:
 
     def __init__(self, scratch: Path) -> None:
         from ray.cluster_utils import Cluster
+        from ray.experimental import internal_kv
 
         self._scratch = scratch
+        client = internal_kv.internal_kv_get_gcs_client()
         self._cluster = Cluster(shutdown_at_exit=False)
         self._cluster.add_node(
             num_cpus=0, include_dashboard=False, temp_dir=str(scratch), object_store_memory=STORE_BYTES, dashboard_port=None
         )
         self.address: str = self._cluster.address
+        if client is not None:  # the head has taken its place: Ray would end this process when it asks the head after its end
+            internal_kv._initialize_internal_kv(client)
 
     def add(self) -> Any:
         """One more node of one CPU."""
@@ -59,10 +63,14 @@ class Nodes:
 
     def workers(self, node: Any) -> list[psutil.Process]:
         """The Train workers on a node."""
+        return self.processes(node, WORKER_TITLE)
+
+    def processes(self, node: Any, title: re.Pattern[str]) -> list[psutil.Process]:
+        """The processes on a node that Ray has given such a title."""
         found = []
         for process in _raylet(node).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if WORKER_TITLE.search(" ".join(process.cmdline())):
+                if title.search(" ".join(process.cmdline())):
                     found.append(process)
         return found
 

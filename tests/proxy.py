@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 from yarl import URL
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-authorization"}
@@ -26,6 +26,8 @@ class Faults:
     """Of the requests that meet a fault."""
     kinds: tuple[str, ...] = ("500", "503", "slow", "cut")
     """`500`, `503`: refused with that status; `slow`: answered late; `cut`: the connection is closed within the answer."""
+    only: tuple[str, str] = ("", "")
+    """Method and part of the path of the requests that are meant; empty: any."""
     slow_seconds: float = 2.0
     done: Counter[str] = field(default_factory=Counter)
     """How many requests met what; `passed`: nothing."""
@@ -42,14 +44,21 @@ class Proxy:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Of one request."""
         faults = self.faults
-        kind = self._random.choice(faults.kinds) if self._random.random() < faults.share else "passed"
+        method, part = faults.only
+        meant = method in ("", request.method) and part in request.raw_path and self._random.random() < faults.share
+        kind = self._random.choice(faults.kinds) if meant else "passed"
         faults.done[kind] += 1
         if kind in ("500", "503"):
             await request.read()
             return web.Response(status=int(kind), text=REFUSAL.format(code=CODES[int(kind)]), content_type="application/xml")
         if kind == "slow":
             await asyncio.sleep(faults.slow_seconds)
-        return await self._pass_on(request, cut=kind == "cut")
+        try:
+            return await self._pass_on(request, cut=kind == "cut")
+        except ClientError:  # the server is gone: so is the connection
+            assert request.transport is not None
+            request.transport.abort()
+            raise
 
     async def _pass_on(self, request: web.Request, *, cut: bool) -> web.StreamResponse:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
