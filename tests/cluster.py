@@ -36,17 +36,13 @@ class Nodes:
 
     def __init__(self, scratch: Path) -> None:
         from ray.cluster_utils import Cluster
-        from ray.experimental import internal_kv
 
         self._scratch = scratch
-        client = internal_kv.internal_kv_get_gcs_client()
         self._cluster = Cluster(shutdown_at_exit=False)
         self._cluster.add_node(
             num_cpus=0, include_dashboard=False, temp_dir=str(scratch), object_store_memory=STORE_BYTES, dashboard_port=None
         )
         self.address: str = self._cluster.address
-        if client is not None:  # the head has taken its place: Ray would end this process when it asks the head after its end
-            internal_kv._initialize_internal_kv(client)
 
     def add(self) -> Any:
         """One more node of one CPU."""
@@ -106,6 +102,9 @@ def _raylet(node: Any) -> psutil.Process:
 @contextlib.contextmanager
 def nodes(count: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
     """A cluster of `count` nodes and a head; its processes find `environment` in theirs. Other clusters are left alone."""
+    from ray.experimental import internal_kv
+
+    client = internal_kv.internal_kv_get_gcs_client()
     scratch = Path(tempfile.mkdtemp(prefix="vfn-", dir="/tmp"))  # a short path: Ray's sockets live below it
     before = dict(os.environ)
     os.environ.update({**cli.RAY_SETTINGS, **environment, "PYTHONPATH": str(support.REPO)})
@@ -120,6 +119,8 @@ def nodes(count: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
             if any(str(scratch) in word for word in process.info["cmdline"] or ()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+        if client is not None:  # each node has taken its place, and Ray ends a process that asks a cluster which is gone
+            internal_kv._initialize_internal_kv(client)
         os.environ.clear()
         os.environ.update(before)
         shutil.rmtree(scratch, ignore_errors=True)

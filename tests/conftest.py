@@ -14,13 +14,6 @@ from jobs import cli
 from tests import support
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the session's server or cluster runs in one process, each other file in one too (`-n`, `--dist loadgroup`)."""
-    for item in items:
-        shared = {"s3", "ray_cluster"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("cluster" if shared else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[support.ObjectStore]:
     """An S3 server on loopback; AWS_* of this process point to it."""

@@ -17,9 +17,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def built():
-    """Recognisers of this session by their arguments: drawing 29 M weights takes longer than most tests."""
+    """Recognisers of a file by their arguments: drawing 29 M weights takes longer than most tests."""
     return {}
 
 

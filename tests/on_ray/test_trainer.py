@@ -49,7 +49,7 @@ def trainer(ray_cluster, tmp_path):
 
 
 def test_a_killed_controller_leaves_no_placement_group(trainer):
-    before, seen = groups(), []
+    before, others, seen = groups(), of_class("TrainController"), []
 
     def fit() -> None:
         with pytest.raises(ray.exceptions.RayActorError):
@@ -60,7 +60,7 @@ def test_a_killed_controller_leaves_no_placement_group(trainer):
     thread.start()
     wait(lambda: groups() - before and of_class("RayTrainWorker") and of_class("Cleaner"))
     time.sleep(2)  # the cleaner is told of the group right after the workers have started
-    ((controller, pid),) = of_class("TrainController").items()
+    ((controller, pid),) = of_class("TrainController").items() - others.items()
     assert is_alive(controller)
     os.kill(pid, signal.SIGKILL)
     wait(lambda: groups() == before and not of_class("Cleaner"))
@@ -71,6 +71,7 @@ def test_a_killed_controller_leaves_no_placement_group(trainer):
 
 def test_a_training_that_has_ended_is_over(trainer):
     """Ray's own cleaner has it wait for 12 s."""
+    wait(lambda: not of_class("Cleaner"))
     before = groups()
     trainer(0).fit()
     assert wait(lambda: groups() == before and not of_class("Cleaner"), 5) < 5
