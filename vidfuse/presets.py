@@ -37,7 +37,7 @@ def get(name: str) -> Config:
 def demo() -> Config:
     """The synthetic motion set: a frozen appearance stream, a trained motion stream, cross-attention.
 
-    Command: `make demo`. Hardware: 2 CPU cores. Time and figure: 546 s for the whole demo, top-1 0.837 (chance 0.071).
+    Command: `make demo`. Hardware: 2 CPU cores. Time and figure: 475 s for the whole demo, top-1 0.825 (chance 0.071).
     """
     return from_mapping(
         {
