@@ -13,7 +13,8 @@ from ray._private.state import actors
 from ray.train import RunConfig, ScalingConfig
 from ray.util import placement_group_table
 
-from vidfuse.on_ray.trainer import Trainer, is_alive
+from vidfuse.on_ray.cleaner import is_alive
+from vidfuse.on_ray.trainer import Trainer
 
 pytestmark = pytest.mark.ray
 

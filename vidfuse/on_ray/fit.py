@@ -29,13 +29,14 @@ from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, check_classes, read_index, read_manifest
 from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer
+from vidfuse.on_ray.monitor import Monitor
 from vidfuse.on_ray.recovery import QuickTorchConfig, look_at_nodes
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import check_storage, open_storage
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
-from vidfuse.on_ray.worker import Monitor, RayWorker
+from vidfuse.on_ray.worker import RayWorker
 from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import run
