@@ -5,41 +5,50 @@ Its module does not import torch, since its process has to start for each traini
 
 from __future__ import annotations
 
-import queue
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._private.state import actors
+from ray._private.state import actors, state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+log = logging.getLogger(__name__)
 
 
 class Cleaner(PlacementGroupCleaner):
-    """Ray's, but that it asks the cluster that it belongs to, and looks from the beginning on: it needs no call for it."""
+    """Ray's, but that it asks the cluster that it belongs to.
+
+    It needs no word from the controller, which may be killed before it can give one: it looks from its beginning on, and the
+    groups are those that the controller made.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.start_monitoring()
 
     def _monitor_loop(self) -> None:
-        group = None
-        while not self._stop_event.is_set():
-            group = self._given() or group
-            if not is_alive(self._controller_actor_id):
-                self._cleanup_placement_group(self._given() or group)
-                ray.kill(ray.get_runtime_context().current_actor)  # `exit_actor`, as in Ray's, ends this thread only
-                return
-
-    def _given(self) -> Any:
-        """The newest group; `None` if none comes for a while."""
-        group = None
-        while True:
-            try:
-                group = self._pg_queue.get(timeout=0 if group else self._check_interval_s)
-            except queue.Empty:
-                return group
+        while not self._stop_event.wait(self._check_interval_s):
+            if is_alive(self._controller_actor_id):
+                continue
+            for group in groups_of(self._controller_actor_id):
+                log.warning("the controller of a training is gone; its placement group %s is removed", group.id.hex())
+                remove_placement_group(group)
+            ray.kill(ray.get_runtime_context().current_actor)  # `exit_actor`, as in Ray's, ends this thread only
+            return
 
 
 def is_alive(actor: str) -> bool:
     """Whether an actor of this cluster lives or will live again; `actor`: its id in hex."""
     found: dict[str, Any] = actors(actor)
     return bool(found) and found["State"] != "DEAD"
+
+
+def groups_of(actor: str) -> Iterator[PlacementGroup]:
+    """The placement groups that an actor has made and that are there."""
+    for content in state._connect_and_get_accessor().get_placement_group_table():
+        row = PlacementGroupTableData.FromString(content)
+        if row.creator_actor_id.hex() == actor and row.state != PlacementGroupTableData.REMOVED:
+            yield PlacementGroup(ray.PlacementGroupID(row.placement_group_id))
