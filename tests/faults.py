@@ -83,7 +83,7 @@ def place(folder: Path, size: int) -> Iterator[Place]:
 def hurt_set(url: str, source: Path, train: int) -> None:
     """Pack a set of small videos; then one of them is corrupt in its shard, and a shard is truncated within its last one."""
     support.make_ssv2(source, {"train": train, "validation": 6})
-    done = support.run_job("pack", str(source), url)
+    done = support.run_job("pack", str(source), url, "--shard-bytes", "100kB")
     assert done.returncode == 0, done.stderr
     filesystem, root = open_storage(url)
     index = read_index(filesystem, root, "train", manifest=read_manifest(filesystem, root))
