@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Those that need Ray or the S3 server run by themselves: Ray's memory monitor and its clocks take a busy machine for a broken one.
+QUICK := not bench and not gpu and not slow and not soak
+
 .PHONY: setup demo test test-slow soak check bench clean
 
 setup: $(READY)
@@ -20,7 +23,8 @@ demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jobs.demo
 
 test: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not bench and not gpu and not slow and not soak"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --timeout=300 --maxfail=5 -m "$(QUICK) and not ray and not s3"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --timeout=300 --maxfail=5 -m "$(QUICK) and (ray or s3)"
 
 test-slow: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow

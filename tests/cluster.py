@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from jobs import cli
 from tests import support
 from vidfuse.config import Config
 from vidfuse.on_ray.auditing import audit_run
 from vidfuse.on_ray.runs import RunFolder
+from vidfuse.on_ray.standby import PREPARED
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.train.audit import Audit
 
 PREEMPTION = 2  # autoscaler.proto, DrainNodeReason
 STORE_BYTES = 150 * 1024**2
 WORKER_TITLE = re.compile(r"ray::.*TrainWorker")
+IDLE_TITLE = re.compile(r"ray::IDLE")
 
 
 class Nodes:
@@ -44,14 +47,22 @@ class Nodes:
         )
         self.address: str = self._cluster.address
 
-    def add(self) -> Any:
-        """One more node of one CPU."""
-        return self._cluster.add_node(num_cpus=1, temp_dir=str(self._scratch), object_store_memory=STORE_BYTES)
+    def add(self, **environment: str) -> Any:
+        """One more node of one CPU, whose processes find `environment` in theirs."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return self._cluster.add_node(num_cpus=1, temp_dir=str(self._scratch), object_store_memory=STORE_BYTES)
 
     @property
     def nodes(self) -> list[Any]:
         """Those of one CPU that are alive."""
         return sorted(self._cluster.worker_nodes, key=lambda node: node.node_id)
+
+    def raylets_say(self, words: str) -> list[str]:
+        """Lines of the raylets' logs with these words."""
+        logs = self._scratch.glob("session_2*/logs/raylet*")
+        return [line for log in logs for line in log.read_text(errors="replace").splitlines() if words in line]
 
     def alive(self) -> int:
         """Nodes that the cluster takes to be alive, the head among them."""
@@ -69,6 +80,10 @@ class Nodes:
                 if title.search(" ".join(process.cmdline())):
                     found.append(process)
         return found
+
+    def standing_by(self, node: Any) -> list[int]:
+        """The processes on a node, by number, that are prepared to be Train workers."""
+        return [process.pid for process in self.processes(node, IDLE_TITLE) if process.environ().get(PREPARED)]
 
     def kill_worker(self, node: Any) -> None:
         """`kill -9` of the Train workers on a node."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import contextlib
 import io
+import itertools
 import json
 import os
 import select
@@ -19,7 +20,11 @@ import av
 import numpy as np
 import pytest
 
+from vidfuse.data.shards import Recipe
+
 REPO = Path(__file__).resolve().parents[1]
+RECIPE = Recipe(layout="list", options={}, shard_bytes=1, transcode=None)
+"""Of a set that was never packed."""
 CODECS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "libx264", "mov": "libx264"}
 _BITS = 8
 _BLOCK = 16
@@ -109,6 +114,18 @@ def make_ucf101(folder: Path, classes: Sequence[str] = ("Archery", "Yoga"), *, p
     (folder / "classInd.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(classes, start=1)))
     (folder / "trainlist01.txt").write_text("\n".join(train) + "\n")
     (folder / "testlist01.txt").write_text("\n".join(test) + "\n")
+    return folder
+
+
+def many_videos(folder: Path, count: int) -> Path:
+    """So many that reading them takes seconds: the same few videos under many names, as `make_ssv2` lays them out."""
+    make_ssv2(folder, {"train": 12, "validation": 3}, frames=200, fps=30)
+    first = json.loads((folder / "labels/train.json").read_text())
+    more = [{**first[number % len(first)], "id": str(20_000 + number)} for number in range(count)]
+    for entry, copy in zip(more, itertools.cycle(first), strict=False):
+        video = next((folder / "20bn-something-something-v2").glob(f"{copy['id']}.*"))
+        (video.parent / f"{entry['id']}{video.suffix}").hardlink_to(video)
+    write_json(folder / "labels/train.json", first + more)
     return folder
 
 

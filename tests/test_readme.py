@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 
-from jobs import cli, models
+import pytest
+
+from jobs import cli, models, pack
 from tests.support import REPO
+from vidfuse.data.shards import DataError
 from vidfuse.models import select
 from vidfuse.presets import PRESETS
 
@@ -34,6 +37,9 @@ def test_the_commands_parse():
         if name == "train":
             config = cli.config_of(cli.parser("", config=True).parse_args(shlex.split(arguments)))
             assert config.data.url == "s3://bucket/ssv2"
+        if name == "pack":
+            with pytest.raises(DataError, match="there is no such folder"):
+                pack.main(shlex.split(arguments))
 
 
 def test_make_targets_and_presets_that_are_named_exist():

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow.fs as pafs
 import torch
 import torch.distributed as dist
 
+from tests import support
 from vidfuse.config import Config, from_mapping
 from vidfuse.data.clips import ClipReader, Columns, Part
+from vidfuse.data.draws import Draws
 from vidfuse.data.feed import Feed, PackedSet
 from vidfuse.data.sampling import World, generator
 from vidfuse.data.shards import Manifest, ShardInfo, SplitIndex, SplitInfo
@@ -69,6 +73,7 @@ def packed(train: int = 21, validation: int = 10) -> PackedSet:
             key=np.array([f"{split}{i}" for i in range(count)], object),
             label=(np.arange(count) % CLASSES).astype(np.int32),
             suffix=np.array(["mp4"] * count, object),
+            sha256=np.zeros((count, 32), np.uint8),
             **ints,
         )
 
@@ -84,6 +89,7 @@ def packed(train: int = 21, validation: int = 10) -> PackedSet:
         splits={name: split(name, count) for name, count in counts.items()},
         quarantined=0,
         plan="memory",
+        recipe=support.RECIPE,
     )
     return PackedSet(None, "memory", manifest, {name: index(name, count) for name, count in counts.items()})
 
@@ -119,6 +125,7 @@ class Job:
     folder: Path
     train: int = 21
     crash_after: int | None = None
+    draws: Draws = field(default_factory=Draws)
 
 
 class CrashError(Exception):
@@ -140,33 +147,48 @@ class CrashingFeed(Feed):
 
 
 def execute(job: Job) -> Result | None:
-    """Run a job in this process (a rank of the process group, if there is one)."""
+    """Run a job in this process (a rank of the process group, if there is one); its page is not drawn, which takes seconds."""
     torch.set_num_threads(1)
     worker = LocalWorker(job.folder)
     train = job.config.train
     world = World(worker.world_size, worker.rank, train.global_batch, train.micro_batch)
-    feed = CrashingFeed(job.config, packed(job.train), world, pull)
+    feed = CrashingFeed(job.config, replace(packed(job.train), draws=job.draws), world, pull)
     feed.crash_after = job.crash_after
     try:
-        return run(job.config, worker, feed, folder=job.folder, facts={"git_revision": "test"})
+        with mock.patch("vidfuse.evaluate.report.report", return_value=""):
+            return run(job.config, worker, feed, folder=job.folder, facts={"git_revision": "test"})
     except CrashError:
         return None
 
 
-def _rank(rank: int, world_size: int, store: str, jobs: Sequence[Job]) -> list[Any]:
+@functools.cache
+def _ranks(world_size: int) -> list[ProcessPoolExecutor]:
+    """The processes of a gloo group, each of which takes its jobs in order. They stay: starting them takes seconds."""
+    store = f"{tempfile.mkdtemp(prefix='vidfuse-ranks-')}/store"
+    spawn = get_context("spawn")
+    return [ProcessPoolExecutor(1, spawn, _join, (store, rank, world_size)) for rank in range(world_size)]
+
+
+def _join(store: str, rank: int, world_size: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-    try:
-        return [execute(job) for job in jobs]
-    finally:
-        dist.destroy_process_group()
+
+
+def _execute_all(jobs: Sequence[Job]) -> list[Any]:
+    return [execute(job) for job in jobs]
 
 
 def together(jobs: Sequence[Job], world_size: int) -> list[Any]:
     """Run jobs one after the other on `world_size` gloo processes; rank 0's results."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, mp_context=get_context("spawn")) as pool:
-        ranks = [pool.submit(_rank, rank, world_size, f"{folder}/store", list(jobs)) for rank in range(world_size)]
-        results = [rank.result() for rank in ranks]
-    return results[0]
+    ranks = _ranks(world_size)
+    waiting = [rank.submit(_execute_all, list(jobs)) for rank in ranks]
+    done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+    if any(ended.exception() for ended in done):  # the others wait for it
+        _ranks.cache_clear()
+        for rank in ranks:
+            for process in list(rank._processes.values()):
+                process.kill()
+        next(ended for ended in done if ended.exception()).result()
+    return waiting[0].result()
 
 
 def losses(folder: Path) -> list[float]:
