@@ -16,10 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
 
 from vidfuse import presets
-from vidfuse.config import Config, ConfigError, override, read_file
+from vidfuse.config import Config, ConfigError, Section, override, read_file
+
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 # Said at every import on a machine without a GPU, where it is no news.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -58,6 +62,33 @@ def add_set(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--set", metavar="a.b=value", nargs="+", action="extend", default=[], help="override fields of the config"
     )
+
+
+def add_fields(made: argparse.ArgumentParser, *sections: type[Section]) -> None:
+    """Add an option for each field of some sections, with its docstring as help."""
+    for section in sections:
+        for name, field in section.model_fields.items():
+            flag, about = f"--{name.replace('_', '-')}", (field.description or "").replace("%", "%%")
+            if field.annotation is bool:
+                made.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=about)
+            else:
+                default = "" if field.default is None else f" Default: {field.default}."
+                made.add_argument(flag, default=argparse.SUPPRESS, help=about + default)
+
+
+def fields_of(options: argparse.Namespace, section: type[SomeSection]) -> SomeSection:
+    """A section of what was given on the command line.
+
+    Raises:
+        ConfigError: a value that the field refuses.
+    """
+    try:
+        return section.model_validate({name: value for name, value in vars(options).items() if name in section.model_fields})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0])
+        about = " ".join((section.model_fields[name].description or "").split())
+        raise ConfigError(f"--{name.replace('_', '-')} {fault['input']}: {fault['msg']}. {about}") from None
 
 
 def config_of(options: argparse.Namespace) -> Config:
@@ -182,6 +213,9 @@ def describe(name: str, event: Mapping[str, Any]) -> str:
     parts = [f"{name}  epoch {event['epoch']}/{event['epochs']}  step {event['step']}/{event['steps']}"]
     parts += [f"{key} {event[key]:.4f}" for key in ("loss", "top1") if key in event]
     parts.append(f"{event['clips_per_second']:.1f} clips/s  data wait {100 * event['data_wait_fraction']:.0f} %")
+    if event.get("unreadable_share"):
+        known = ", ".join(event["unreadable_last"])  # of rank 0; another worker's are told at the end of the epoch
+        parts.append(f"unreadable {100 * event['unreadable_share']:.2g} %{f' (last {known})' if known else ''}")
     if event.get("eta_seconds") is not None:
         minutes, seconds = divmod(int(event["eta_seconds"]), 60)
         parts.append(f"eta {minutes}:{seconds:02d}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs import cli
 from vidfuse.config import Config
+from vidfuse.data.flips import flip_lines
 from vidfuse.on_ray import fit
 from vidfuse.train import plan
 
@@ -29,8 +30,11 @@ def show(config: Config) -> None:
     if config.data.url is None:
         cli.say("\nsteps: not known without data.url")
     else:
-        packed = fit.check(config)
-        cli.say("\n" + plan.steps_line(config, packed.manifest.splits[config.data.train_split].samples))
+        manifest = fit.check(config).manifest
+        cli.say(f"\npacked set: {manifest.dataset}, version {manifest.version}")
+        cli.say(plan.steps_line(config, manifest.splits[config.data.train_split].samples))
+        for line in flip_lines(manifest.classes) if config.data.flip else ():
+            cli.say(line)
     cli.say("\nmemory estimate")
     for workers in sorted({least, most}):
         cli.say(f"  {plan.memory_line(plan.memory(config, model, workers), workers)}")

@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         plan.show(config)
         return 0
-    fit.check(config)
+    manifest = fit.check(config).manifest
+    cli.say(f"{config.run.name} on {manifest.dataset}, version {manifest.version}")
     cli.start_ray()
     stop = cli.stop_event()
     line = cli.ProgressLine(config.run.name)

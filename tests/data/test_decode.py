@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import random
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
@@ -215,3 +218,41 @@ def test_awkward_files_decode(name):
 def test_a_corrupted_file_is_refused():
     with pytest.raises(DecodeError):
         probe((shared_data("awkward") / "corrupted.mp4").read_bytes())
+
+
+# --- how a file is made ---
+
+
+def with_sound_and_gaps(gap: int) -> bytes:
+    """Twelve frames, of which every fourth comes `gap` frame times late, and a track of silence."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=10, options={"preset": "ultrafast", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("aac", rate=8000)
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number + gap * (number // 4), Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate, silence.pts = 8000, 0
+        container.mux([*stream.encode(), *sound.encode(silence), *sound.encode()])
+    return out.getvalue()
+
+
+def test_inspection_tells_how_a_file_is_made_and_keeps_wanted_frames():
+    video = make_video(12, suffix="mp4")
+    found, kept = decode.inspect(video, [0, 5, 11])
+    assert found.info == decode.probe(video)
+    assert (found.pixel_format, found.audio_tracks, found.rotation) == ("yuv420p", 0, 0)
+    assert found.interval_spread == pytest.approx(0, abs=1e-6)
+    assert "mp4" in found.container
+    assert [shown_index(frame) for frame in kept] == [0, 5, 11]
+    assert len(decode.inspect(video, [3, 40])[1]) == 1
+
+
+@pytest.mark.parametrize(("gap", "uneven"), [(0, False), (2, True)])
+def test_inspection_tells_sound_and_uneven_times(gap, uneven):
+    found, _ = decode.inspect(with_sound_and_gaps(gap))
+    assert found.audio_tracks == 1
+    assert (found.interval_spread > 0.25) == uneven

@@ -1,4 +1,4 @@
-"""The two layouts as they are distributed, in each variant, and each way in which a folder can be wrong."""
+"""Something-Something-V2 and UCF101 as they are distributed, in each variant, and each way in which a folder can be wrong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import shared_data, write_json
+from vidfuse.config import LayoutConfig
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 
@@ -42,9 +43,9 @@ def ucf101(tmp_path) -> Path:
     return tmp_path
 
 
-def fault(folder: Path, **options) -> str:
+def fault(folder: Path, layout: str | None = None, **options) -> str:
     with pytest.raises(DataError) as error:
-        read_layout(folder, **options)
+        read_layout(folder, layout, LayoutConfig(**options))
     return str(error.value)
 
 
@@ -84,7 +85,7 @@ def test_ssv2_faults(ssv2):
     missing = "5, 6, 7, 8, 10, 11, 12, 13, 14, 15 and 14 more"
     assert f"train.json names 24 of 29 videos that are not there: {missing}; unpack all parts" in fault(ssv2)
     write_json(labels / "train.json", [entry(1, "Eating [something]")])
-    assert "video 1 has the class 'Eating something', which labels.json does not list" in fault(ssv2)
+    assert "video 1: class 'Eating something' is not in the list of 2 classes" in fault(ssv2)
     write_json(labels / "train.json", [{"id": "1"}])
     assert 'video 1 has no "template"; only the test split is without labels' in fault(ssv2)
     write_json(labels / "train.json", {"id": "1"})
@@ -146,7 +147,6 @@ def test_ucf101_in_other_places(ucf101):
 def test_ucf101_faults(ucf101):
     train = ucf101 / "trainlist01.txt"
     assert "trainlist02.txt: there is no such list; choose a split number" in fault(ucf101, split_number=2)
-    assert "official splits 1, 2 and 3, given 4" in fault(ucf101, split_number=4)
     for line, words in (
         ("Dancing/v_Dancing_g01_c01.avi 3", "line 1: class 'Dancing' is not in classInd.txt"),
         ("Yoga/v_Yoga_g01_c01.avi 1", "line 1: label 1, but Yoga is 2"),
@@ -163,7 +163,7 @@ def test_folders_without_a_data_set(tmp_path, ucf101):
     assert "there is no such folder" in fault(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no annotations; a folder is needed that holds" in fault(tmp_path / "empty")
-    assert "unknown layout 'kinetics'; there are ssv2, ucf101" in fault(ucf101, layout="kinetics")
+    assert "unknown layout 'imagenet'; there are ssv2, ucf101, kinetics, list, tree" in fault(ucf101, layout="imagenet")
     assert "no labels/labels.json" in fault(ucf101, layout="ssv2")
     for video in ucf101.glob("*/*.avi"):
         video.unlink()
@@ -192,6 +192,56 @@ def test_the_official_lists_of_ucf101(tmp_path, number):
             if line.endswith(".avi"):
                 (tmp_path / line).parent.mkdir(exist_ok=True)
                 (tmp_path / line).touch()
-    source = read_layout(tmp_path, split_number=number)
+    source = read_layout(tmp_path, options=LayoutConfig(split_number=number))
     assert len(source.classes) == UCF101_CLASSES
     assert (len(source.splits["train"]), len(source.splits["validation"])) == UCF101_SPLITS[number]
+
+
+# --- any layout ---
+
+
+def test_missing_videos_may_be_allowed(ssv2, ucf101):
+    """Both are made in one folder: the layout has to be named."""
+    write_json(ssv2 / "labels/train.json", [entry(n) for n in (1, 2, 5)])
+    assert "are here; say which with --layout" in fault(ssv2)
+    assert "or leave them out with --allow-missing 0.34" in fault(ssv2, "ssv2")
+    source = read_layout(ssv2, "ssv2", LayoutConfig(allow_missing=0.34))
+    assert [v.key for v in source.splits["train"]] == ["1", "2"]
+    assert [(v.split, v.key, v.reason) for v in source.absent] == [("train", "5", "not in the source folder")]
+    (ucf101 / "Archery/v_Archery_g01_c01.avi").unlink()
+    source = read_layout(ucf101, "ucf101", LayoutConfig(allow_missing=0.5))
+    assert [(v.key, v.path) for v in source.absent] == [("v_Archery_g01_c01", "Archery/v_Archery_g01_c01.avi")]
+
+
+def test_annotations_that_are_no_text(ssv2, tmp_path):
+    file = ssv2 / "labels/train.json"
+    file.write_bytes(b'[\n {"id": "1", "template": "\xff"}\n]')
+    assert "train.json: line 2, column 27: byte 0xff is not UTF-8" in fault(ssv2)
+    file.unlink()
+    file.mkdir()
+    assert "no train.json beside labels.json" in fault(ssv2)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("set.zip", "unzip set.zip"),
+        ("set.tar.gz", "tar -xf set.tar.gz"),
+        ("UCF101.rar", "unrar x UCF101.rar"),
+        ("20bn-something-something-v2-00", "cat 20bn-something-something-v2-?? | tar -xz"),
+    ],
+)
+def test_archives_instead_of_a_folder(tmp_path, name, command):
+    (tmp_path / name).write_bytes(b"x")
+    assert f"{name} is an archive; unpack it first ({command}) and give the folder" in fault(tmp_path / name)
+    assert f"archives are there ({name}): unpack them first, {command}" in fault(tmp_path)
+    (tmp_path / "notes").write_bytes(b"x")
+    assert "notes is a file; give the folder" in fault(tmp_path / "notes")
+
+
+def test_archives_beside_the_annotations(ssv2):
+    for video in (ssv2 / "20bn-something-something-v2").iterdir():
+        video.unlink()
+    for part in range(12):
+        (ssv2 / f"20bn-something-something-v2-{part:02d}").touch()
+    assert "-09 and 2 more): unpack them first, cat 20bn-something-something-v2-?? | tar -xz" in fault(ssv2)

@@ -41,8 +41,9 @@ def test_one_repeat_draws_what_was_drawn_before_there_were_repeats():
         (2, 7, [6, 15, 29, 37], (1, 6, 84, 78, False)),
     ):
         video = Video(sample, "s", "k", 0, 0, 0, FRAMES, WIDTH, HEIGHT)
-        [(drawn, at)] = reader_of("", 1)._views(video, epoch)
-        assert drawn.tolist() == numbers and (at.top, at.left, at.height, at.width, at.mirrored) == box
+        [plan] = reader_of("", 1).plans(video, epoch)
+        at = plan.box
+        assert plan.numbers.tolist() == numbers and (at.top, at.left, at.height, at.width, at.mirrored) == box
 
 
 def test_repeats_differ_and_are_reproducible(videos):
@@ -59,8 +60,8 @@ def test_repeats_differ_and_are_reproducible(videos):
 
 def test_frames_and_crops_are_both_drawn_anew():
     video = Video(0, "s", "k", 0, 0, 0, FRAMES, WIDTH, HEIGHT)
-    views = list(reader_of("", 8)._views(video, 0))
-    assert len({tuple(numbers) for numbers, _ in views}) == len({box for _, box in views}) == 8
+    plans = list(reader_of("", 8).plans(video, 0))
+    assert len({tuple(plan.numbers) for plan in plans}) == len({plan.box for plan in plans}) == 8
 
 
 def test_a_video_is_decoded_once(videos, monkeypatch):

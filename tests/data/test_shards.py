@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from pyarrow import fs as pafs
 
-from vidfuse.data import shards
-from vidfuse.data.shards import DataError, Manifest, SampleMeta, ShardInfo, ShardRecord, SplitInfo
+from vidfuse.data import shards, tars
+from vidfuse.data.shards import DataError, Manifest, Recipe, SampleMeta, ShardInfo, ShardRecord, SplitInfo
 
 VIDEOS = {"a-1": b"first video" * 100, "b_2": b"second", "c": b""}
 FS = pafs.LocalFileSystem()
+RECIPE = Recipe(layout="list", options={}, shard_bytes=64_000, transcode=None)
 
 
 def meta(key: str, video: bytes = b"") -> SampleMeta:
@@ -34,12 +35,12 @@ def tar_of(*members: tuple[str, bytes]) -> bytes:
 
 def written() -> bytes:
     out = io.BytesIO()
-    shards.write_shard(out, [(meta(key, video), "mp4", video) for key, video in VIDEOS.items()])
+    tars.write_shard(out, [(meta(key, video), "mp4", video) for key, video in VIDEOS.items()])
     return out.getvalue()
 
 
 def walk(content: bytes) -> list:
-    return list(shards.read_members(io.BytesIO(content)))
+    return list(tars.read_members(io.BytesIO(content)))
 
 
 def test_a_shard_is_a_webdataset_tar_with_the_same_bytes_each_time():
@@ -61,7 +62,7 @@ def test_webdataset_reads_it(tmp_path):
 
 def test_the_index_says_where_each_video_is():
     content = written()
-    rows = shards.index_rows(io.BytesIO(content))
+    rows = tars.index_rows(io.BytesIO(content))
     assert {row.key: content[row.offset : row.offset + row.size] for row in rows} == VIDEOS
     assert [(row.label, row.suffix, row.frames, row.width, row.height) for row in rows] == [(1, "mp4", 12, 64, 48)] * 3
 
@@ -109,19 +110,19 @@ def test_members_without_a_partner():
         ([("a.mp4", b"x"), ("a.json", json.replace(b"frames", b"flames"))], "a.json: not a SampleMeta: frames: Field required"),
     ):
         with pytest.raises(DataError) as error:
-            shards.index_rows(io.BytesIO(tar_of(*members)))
+            tars.index_rows(io.BytesIO(tar_of(*members)))
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/b", "-a", "a b", "a\n", "x" * 91, "ü"])
+@pytest.mark.parametrize("key", ["", "a.b", "a/b", "a b", "a\n", "x" * 91, "ü"])
 def test_keys_that_a_shard_cannot_have(key):
     with pytest.raises(DataError, match="rename the video"):
-        shards.write_shard(io.BytesIO(), [(meta(key), "mp4", b"")])
+        tars.write_shard(io.BytesIO(), [(meta(key), "mp4", b"")])
 
 
 def test_suffixes_that_a_shard_cannot_have():
     with pytest.raises(DataError, match="'exe' is not allowed in a shard; allowed are mp4, webm"):
-        shards.write_shard(io.BytesIO(), [(meta("a"), "exe", b"")])
+        tars.write_shard(io.BytesIO(), [(meta("a"), "exe", b"")])
 
 
 # --- manifest and index ---
@@ -130,7 +131,7 @@ def test_suffixes_that_a_shard_cannot_have():
 @pytest.fixture
 def packed(tmp_path):
     """A set of one split with two shards, without the tars."""
-    rows = shards.index_rows(io.BytesIO(written()))
+    rows = tars.index_rows(io.BytesIO(written()))
     records = [
         ShardRecord(name=shards.shard_name("train", n), plan="p", bytes=9, sha256="0", samples=part, quarantined=())
         for n, part in enumerate((rows[:2], rows[2:]))
@@ -141,7 +142,9 @@ def packed(tmp_path):
         samples=3, bytes=18, index="train.index.parquet", index_sha256=hashlib.sha256(index).hexdigest(), shards=infos
     )
     empty = train.model_copy(update={"samples": 0, "shards": (), "index": "x"})
-    manifest = Manifest(dataset="d", classes=("x", "y"), splits={"train": train, "test": empty}, quarantined=0, plan="p")
+    manifest = Manifest(
+        dataset="d", classes=("x", "y"), splits={"train": train, "test": empty}, quarantined=0, plan="p", recipe=RECIPE
+    )
     (tmp_path / "manifest.json").write_bytes(shards.dump_record(manifest))
     (tmp_path / "train.index.parquet").write_bytes(index)
     return tmp_path
@@ -153,6 +156,7 @@ def test_the_index_comes_back(packed):
     assert index.key.tolist() == list(VIDEOS)
     assert index.shard.tolist() == [0, 0, 1]
     assert index.size.tolist() == [len(video) for video in VIDEOS.values()]
+    assert [digest.tobytes() for digest in index.sha256] == [hashlib.sha256(video).digest() for video in VIDEOS.values()]
     assert (index.offset.dtype, index.label.dtype, index.key.dtype, len(index)) == (np.int64, np.int32, object, 3)
 
 
@@ -162,6 +166,18 @@ def test_the_manifest_comes_back(packed):
     shards.check_classes(manifest, 2)
     with pytest.raises(DataError, match=r"data.classes is 174, the packed set 'd' has 2 classes; set data.classes=2"):
         shards.check_classes(manifest, 174)
+
+
+def test_the_version_names_the_content(packed):
+    manifest = shards.read_manifest(FS, str(packed))
+    train = manifest.splits["train"]
+    assert len(manifest.version) == 16 and manifest.version == shards.read_manifest(FS, str(packed)).version
+    others = [
+        manifest.model_copy(update={"classes": ("x", "z")}),
+        manifest.model_copy(update={"recipe": RECIPE.model_copy(update={"shard_bytes": 1})}),
+        manifest.model_copy(update={"splits": {"train": train.model_copy(update={"index_sha256": "0"})}}),
+    ]
+    assert len({manifest.version, *(other.version for other in others)}) == 4
 
 
 def test_splits_that_cannot_be_used(packed):
@@ -179,7 +195,7 @@ def test_no_packed_set(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"format": 1', '"format": 2', "format 2, this version reads 1"),
+        ('"format": 2', '"format": 1', "format 1, this version reads 2; update vidfuse, or pack again to another place"),
         ('"dataset"', '"data set"', "not a Manifest: dataset: Field required"),
         ("{", "", "not a Manifest: Invalid JSON"),
     ],

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import matplotlib.image
 import pytest
 
-from vidfuse.evaluate import figures
+from vidfuse.evaluate import drawing
 from vidfuse.evaluate.comparison import Variant, markdown, picture
 
 # Mean 0.6, deviations -0.2, 0, 0.2: variance (0.04 + 0 + 0.04) / 2 = 0.04.
@@ -45,6 +45,6 @@ def test_the_picture_spans_mean_plus_and_minus_one_deviation():
 @pytest.mark.parametrize("variants", [[THREE], [Variant("$x^", 1, (None,))], [Variant("one", 1, (0.0,)), THREE]])
 def test_the_picture_is_valid(variants):
     figure = picture(variants, figure="top-1 $", chance=None)
-    assert matplotlib.image.imread(io.BytesIO(figures.png(figure, dpi=40))).ndim == 3
-    shown = "".join(ET.fromstring(figures.svg(figure)).itertext())
+    assert matplotlib.image.imread(io.BytesIO(drawing.png(figure, dpi=40))).ndim == 3
+    shown = "".join(ET.fromstring(drawing.svg(figure)).itertext())
     assert all(v.name in shown for v in variants) and "top-1 $" in shown

@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from vidfuse.evaluate import figures
+from vidfuse.evaluate import drawing, figures
 from vidfuse.evaluate.metrics import scores
 
 HOSTILE = ["<script>alert(1)</script>", "a $x^2 & \\frac{", "two\nlines\x07", "-->]]>", "拿起 [某物]", 'quote" onload="x']
@@ -44,28 +44,28 @@ def texts(svg: str) -> list[str]:
 def test_every_picture_of_scores_is_valid(k):
     s = judged(k)
     for figure in (figures.confusion_matrix(s), figures.class_accuracy(s), figures.reliability(s)):
-        pixels = matplotlib.image.imread(io.BytesIO(figures.png(figure, dpi=40)))
+        pixels = matplotlib.image.imread(io.BytesIO(drawing.png(figure, dpi=40)))
         assert pixels.ndim == 3
         assert pixels.std() > 0.01
-        assert ET.fromstring(figures.svg(figure)).tag == f"{SVG}svg"
+        assert ET.fromstring(drawing.svg(figure)).tag == f"{SVG}svg"
 
 
 def test_matrix_labels_only_where_they_fit():
-    assert "Pushing [something] 3  4" in texts(figures.svg(figures.confusion_matrix(judged(12))))
-    assert not any("Pushing" in text for text in texts(figures.svg(figures.confusion_matrix(judged(174)))))
+    assert "Pushing [something] 3  4" in texts(drawing.svg(figures.confusion_matrix(judged(12))))
+    assert not any("Pushing" in text for text in texts(drawing.svg(figures.confusion_matrix(judged(174)))))
 
 
 def test_matrix_shows_counts_and_the_unreadable_column():
     s = judged(3, 500)
-    shown = texts(figures.svg(figures.confusion_matrix(s)))
+    shown = texts(drawing.svg(figures.confusion_matrix(s)))
     assert {str(count) for count in s.confusion.ravel() if count} <= set(shown)
     assert "unreadable" in shown
-    assert "unreadable" not in texts(figures.svg(figures.confusion_matrix(judged(3, unreadable=0))))
+    assert "unreadable" not in texts(drawing.svg(figures.confusion_matrix(judged(3, unreadable=0))))
 
 
 def test_matrix_tells_a_class_without_videos():
     s = scores(np.eye(3)[[0, 2]], np.array([0, 2]), np.zeros(2, bool), ["a", "b", "c"])
-    assert texts(figures.svg(figures.confusion_matrix(s))).count("no videos of this class") == 1
+    assert texts(drawing.svg(figures.confusion_matrix(s))).count("no videos of this class") == 1
 
 
 def test_clustering_puts_confused_classes_side_by_side():
@@ -92,22 +92,22 @@ def test_order_can_be_chosen():
 
 
 def test_many_classes_show_the_ends():
-    shown = texts(figures.svg(figures.class_accuracy(judged(90, 2000))))
+    shown = texts(drawing.svg(figures.class_accuracy(judged(90, 2000))))
     assert sum(text.startswith("Pushing") for text in shown) == 40
     assert "The best 20 of 90 classes" in shown
 
 
 def test_curves_draw_what_is_there():
-    full = texts(figures.svg(figures.training_curves([*(train(s) for s in range(1, 500)), validation(499)], chance=0.1)))
+    full = texts(drawing.svg(figures.training_curves([*(train(s) for s in range(1, 500)), validation(499)], chance=0.1)))
     assert {"Loss", "Validation accuracy", "Learning rate", "Time spent waiting for data", "chance"} <= set(full)
-    some = texts(figures.svg(figures.training_curves([validation(5)])))
+    some = texts(drawing.svg(figures.training_curves([validation(5)])))
     assert "Learning rate" not in some
     assert "Validation accuracy" in some
 
 
 def test_curves_skip_values_that_are_not_there():
     records = [train(1, loss=math.nan, grad_norm=None), train(2, loss=math.inf), train(3)]
-    assert "Loss" in texts(figures.svg(figures.training_curves(records)))
+    assert "Loss" in texts(drawing.svg(figures.training_curves(records)))
 
 
 def test_no_records_is_an_error():
@@ -140,30 +140,30 @@ def test_a_record_without_step_is_refused():
 @pytest.mark.parametrize("draw", [figures.confusion_matrix, figures.class_accuracy])
 def test_hostile_names_are_text(draw):
     figure = draw(judged(6, classes=HOSTILE))
-    page = figures.svg(figure)
+    page = drawing.svg(figure)
     assert "<script" not in page
     assert any("<script>alert(1)</script>" in text for text in texts(page))
     assert any("$x^2 & \\frac{" in text for text in texts(page))
     assert any("two lines" in text for text in texts(page))
-    ET.fromstring(figures.inline_svg(figure, "x", label=HOSTILE[5]).replace("xlink:href", "href"))
-    assert figures.png(figure, dpi=40).startswith(b"\x89PNG")
+    ET.fromstring(drawing.inline_svg(figure, "x", label=HOSTILE[5]).replace("xlink:href", "href"))
+    assert drawing.png(figure, dpi=40).startswith(b"\x89PNG")
 
 
 def test_the_same_figure_is_the_same_bytes():
     s = judged(12)
-    assert figures.svg(figures.confusion_matrix(s)) == figures.svg(figures.confusion_matrix(s))
+    assert drawing.svg(figures.confusion_matrix(s)) == drawing.svg(figures.confusion_matrix(s))
 
 
 def test_inline_svg_follows_the_page():
     figure = figures.reliability(judged(4))
-    one, two = (figures.inline_svg(figure, name, label="A & B") for name in ("one", "two"))
+    one, two = (drawing.inline_svg(figure, name, label="A & B") for name in ("one", "two"))
     assert "var(--ink, #1f2429)" in one
     assert "var(--blue, #0072b2)" in one
     assert 'aria-label="A &amp; B"' in one
     ids = [{node.get("id") for node in ET.fromstring(svg.replace("xlink:href", "href")).iter()} - {None} for svg in (one, two)]
     assert ids[0].isdisjoint(ids[1])
     with pytest.raises(ValueError, match="part of ids"):
-        figures.inline_svg(figure, 'a"b', label="")
+        drawing.inline_svg(figure, 'a"b', label="")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_inline_svg_follows_the_page():
     [("short", 9, "short"), ("a\n\tb\x00c", 9, "a b c"), ("0123456789", 7, "012…789"), ("exactly10!", 10, "exactly10!")],
 )
 def test_shorten(name, most, line):
-    assert figures.shorten(name, most) == line
+    assert drawing.shorten(name, most) == line
 
 
 def test_import_leaves_pyplot_and_torch_out():

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from vidfuse.evaluate.metrics import scores
-from vidfuse.evaluate.report import percent, plural, report
+from vidfuse.evaluate.page import percent, plural
+from vidfuse.evaluate.report import report
 
 ATTACK = "<script>alert('x')</script>"
 CLASSES = ["Pushing [something] left", "Pushing [something] right", ATTACK, "$a_b$", '"><img src=x>', "计", "Empty class"]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs as pafs
 
 from jobs import check, cli
 from tests.support import make_ssv2, make_video, run_job
-from vidfuse.data import shards
+from vidfuse.data import shards, tars
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, SampleMeta, ShardRecord
 from vidfuse.on_ray import checking, packing
@@ -39,8 +40,8 @@ def packed(whole, tmp_path) -> Path:
     return tmp_path / "set"
 
 
-def faults(packed: Path, **options: Any) -> list[str]:
-    return checking.check(str(packed), **options)
+def faults(packed: Path, depth: checking.Depth = "bytes") -> list[str]:
+    return checking.check(str(packed), depth)
 
 
 def members(packed: Path, shard: str = FIRST) -> Members:
@@ -58,7 +59,7 @@ def put(packed: Path, content: Members, shard: str = FIRST, *, index: bool = Tru
             tar.addfile(info, io.BytesIO(data))
     (packed / shard).write_bytes(out.getvalue())
     try:
-        samples = len(shards.index_rows(io.BytesIO(out.getvalue())))
+        samples = len(tars.index_rows(io.BytesIO(out.getvalue())))
     except DataError:
         samples = None
     agree(packed, shard, samples, index=index)
@@ -78,7 +79,7 @@ def agree(packed: Path, shard: str, samples: int | None, *, index: bool = True) 
 
 
 def write_index(packed: Path, names: list[str]) -> str:
-    rows = [(name, shards.index_rows(io.BytesIO((packed / name).read_bytes()))) for name in names]
+    rows = [(name, tars.index_rows(io.BytesIO((packed / name).read_bytes()))) for name in names]
     records = [ShardRecord(name=n, plan="", bytes=0, sha256="", samples=r, quarantined=()) for n, r in rows]
     content = shards.encode_index(records)
     (packed / "train.index.parquet").write_bytes(content)
@@ -107,9 +108,25 @@ def test_a_whole_set_has_no_faults(packed):
     assert faults(packed) == [], "the helper itself makes no faults"
 
 
-def test_a_missing_shard(packed):
+def test_three_depths(packed):
+    assert faults(packed, "files") == faults(packed, "frames") == []
+    tar = (packed / FIRST).read_bytes()
+    (packed / FIRST).write_bytes(tar[:-1])
+    assert faults(packed, "files") == [f"{FIRST}: {len(tar) - 1} bytes, the manifest says {len(tar)}"]
+    (packed / FIRST).write_bytes(tar[:-1] + b"x")
+    assert faults(packed, "files") == []
+    assert faults(packed)[0] == f"{FIRST}: altered, its sha256 is not the manifest's"
     (packed / FIRST).unlink()
-    assert faults(packed) == [f"{FIRST}: missing"]
+    assert faults(packed, "files") == faults(packed) == [f"{FIRST}: missing"]
+
+
+def test_a_sample_that_is_not_the_one_of_the_index(packed):
+    """Shard and json agree with each other: the index has the hash of each sample, too."""
+    content = members(packed)
+    other = content[0][1][:-1] + bytes([content[0][1][-1] ^ 1])
+    content[0] = (content[0][0], other)
+    put(packed, with_meta(content, 0, sha256=hashlib.sha256(other).hexdigest()), index=False)
+    assert faults(packed) == [f"{FIRST}/{key_of(content)}: index wrong in sha256"]
 
 
 def test_a_truncated_shard(packed):
@@ -126,7 +143,7 @@ def test_an_altered_shard_names_the_video(packed):
     tar[start + len(content[2][1]) // 2] ^= 255
     (packed / FIRST).write_bytes(tar)
     key = key_of(content, 1)
-    assert faults(packed, decoding=False) == [
+    assert faults(packed) == [
         f"{FIRST}: altered, its sha256 is not the manifest's",
         f"{FIRST}/{key}: the video's bytes are altered, their sha256 is not that of its json",
     ]
@@ -180,10 +197,10 @@ def test_an_undecodable_video(packed):
     broken = b"no video"
     content[0] = (content[0][0], broken)
     put(packed, with_meta(content, 0, sha256=hashlib.sha256(broken).hexdigest()))
-    found = faults(packed)
+    assert faults(packed) == [], "no video is decoded"
+    found = faults(packed, "frames")
     assert len(found) == 1
     assert found[0].startswith(f"{FIRST}/{key_of(content)}: undecodable video: ")
-    assert faults(packed, decoding=False) == []
 
 
 def test_another_video_than_its_json_says(packed):
@@ -191,7 +208,8 @@ def test_another_video_than_its_json_says(packed):
     other = make_video(5)
     content[0] = (content[0][0], other)
     put(packed, with_meta(content, 0, sha256=hashlib.sha256(other).hexdigest(), frames=6))
-    assert faults(packed) == [f"{FIRST}/{key_of(content)}: frames, width, height are 5 x 128 x 96, its json says 6 x 128 x 96"]
+    wrong = f"{FIRST}/{key_of(content)}: frames, width, height are 5 x 128 x 96, its json says 6 x 128 x 96"
+    assert faults(packed, "frames") == [wrong]
 
 
 def test_a_json_that_is_none_or_of_another_key(packed):
@@ -265,11 +283,19 @@ def test_shards_and_quarantine_that_the_manifest_does_not_know(packed):
 def test_exit_codes(packed, monkeypatch, capsys):
     monkeypatch.setattr(cli, "start_ray", lambda **_: None)
     assert check.main([str(packed)]) == 0
-    assert capsys.readouterr().out == "whole: 24 samples, 0 left out\n"
+    lines = capsys.readouterr().out.splitlines()
+    version = shards.read_manifest(pafs.LocalFileSystem(), str(packed)).version
+    assert (lines[0], lines[-1]) == (f"something-something-v2, version {version}", "whole: 24 samples, 0 left out")
+    assert "check  24/24 videos (100 %)" in lines[-2]
+    assert check.main([str(packed), "--deep"]) == 0
     (packed / FIRST).unlink()
     (packed / SECOND).unlink()
-    assert check.main([str(packed), "--no-decode"]) == 1
-    assert capsys.readouterr().out.splitlines() == [f"{FIRST}: missing", f"{SECOND}: missing", "2 faults in 24 samples"]
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "start_ray", lambda **_: pytest.fail("names and sizes need no Ray"))
+    assert check.main([str(packed), "--quick"]) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == [f"{FIRST}: missing", f"{SECOND}: missing", "2 faults in 24 samples"]
+    with pytest.raises(SystemExit):
+        check.main([str(packed), "--quick", "--deep"])
 
 
 def test_bad_input(tmp_path, monkeypatch):
@@ -283,7 +309,7 @@ def test_bad_input(tmp_path, monkeypatch):
 def test_the_command_by_itself(packed, ray_cluster):
     (packed / FIRST).unlink()
     result = run_job("check", str(packed), RAY_ADDRESS=ray_cluster)
-    assert (result.returncode, result.stdout.splitlines()[0]) == (1, f"{FIRST}: missing"), result.stderr
+    assert result.returncode == 1 and f"{FIRST}: missing" in result.stdout.splitlines(), result.stderr
     result = run_job("check", str(packed.parent))
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

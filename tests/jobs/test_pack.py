@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs import cli, pack
-from tests.support import REPO, make_ssv2, make_ucf101, run_job, write_json
+from tests.support import REPO, make_ucf101, many_videos, run_job
+from vidfuse.config import ConfigError, TranscodeConfig
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray import packing, storage
@@ -32,30 +31,22 @@ def names(url: str) -> list[str]:
     return list(storage.list_files(*storage.open_storage(url)))
 
 
-def many_videos(folder: Path, count: int) -> Path:
-    """So many that packing takes seconds: the same few videos under many names."""
-    make_ssv2(folder, {"train": 12, "validation": 3}, frames=200, fps=30)
-    first = json.loads((folder / "labels/train.json").read_text())
-    more = [{**first[number % len(first)], "id": str(20_000 + number)} for number in range(count)]
-    for entry, copy in zip(more, itertools.cycle(first), strict=False):
-        video = next((folder / "20bn-something-something-v2").glob(f"{copy['id']}.*"))
-        (video.parent / f"{entry['id']}{video.suffix}").hardlink_to(video)
-    write_json(folder / "labels/train.json", first + more)
-    return folder
-
-
 @pytest.mark.s3
 @pytest.mark.ray
-def test_killed_in_the_middle_and_given_again(s3, ray_cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("count", "form"), [(220, None), pytest.param(60, TranscodeConfig(short_side=64, fps=6), marks=pytest.mark.slow)]
+)
+def test_killed_in_the_middle_and_given_again(s3, ray_cluster, tmp_path, count, form):
     """SIGKILL while shards are written; the same command then gives the bytes of a run that was never disturbed."""
-    folder = many_videos(tmp_path / "source", 220)
+    folder = many_videos(tmp_path / "source", count)
     unbroken, broken = s3.url("unbroken"), s3.url("broken")
-    packing.pack(packing.prepare(read_layout(folder), folder, unbroken, SHARD))
+    packing.pack(packing.prepare(read_layout(folder), folder, unbroken, SHARD, form))
+    arguments = ["--transcode", "--short-side", "64", "--fps", "6"] if form else []
     whole = contents(unbroken)
     shards = sum(name.endswith(".tar") for name in whole)
-    assert shards > 60
+    assert shards > count // 5
     # On a cluster of two CPUs that is there already: start-up is short, and a killed driver leaves its cluster in order.
-    command = [sys.executable, "-m", "jobs.pack", str(folder), broken, "--shard-bytes", str(SHARD)]
+    command = [sys.executable, "-m", "jobs.pack", str(folder), broken, "--shard-bytes", str(SHARD), *arguments]
     program = subprocess.Popen(
         command, cwd=REPO, env={**os.environ, "RAY_ADDRESS": ray_cluster}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -70,7 +61,7 @@ def test_killed_in_the_middle_and_given_again(s3, ray_cluster, tmp_path, monkeyp
     left = names(broken)
     assert "manifest.json" not in left
     assert sum(name.endswith(".tar") for name in left) < shards
-    again = run_job("pack", str(folder), broken, "--shard-bytes", str(SHARD), RAY_ADDRESS=ray_cluster)
+    again = run_job("pack", str(folder), broken, "--shard-bytes", str(SHARD), *arguments, RAY_ADDRESS=ray_cluster)
     assert again.returncode == 0, again.stderr
     kept = sum(name.endswith(".json") for name in left)
     assert f"continued: {kept} shards were there, {shards - kept} written" in again.stdout
@@ -112,14 +103,19 @@ def source(tmp_path, monkeypatch) -> str:
         (["{source}/nowhere", "set"], "there is no such folder"),
         (["{source}/Yoga", "set"], "no annotations; a folder is needed that holds"),
         (["{source}", "set", "--layout", "ssv2"], "no labels/labels.json"),
+        (["{source}", "set", "--split-number", "7"], "--split-number 7: .*less than or equal to 3"),
         (["{source}", "set", "--split-number", "2"], "trainlist02.txt: there is no such list"),
         (["{source}", "set", "--shard-bytes", "many"], "such as 256000000, 256MB or 1GiB"),
+        (["{source}", "set", "--allow-missing", "2"], "--allow-missing 2: .* less than 1. Share of a list"),
+        (["{source}", "set", "--short-side", "240"], "--short-side is for --transcode"),
+        (["{source}", "set", "--transcode", "--gop", "0"], "--gop 0: .*greater than or equal to 1"),
+        (["{source}", "set", "--layout", "imagenet"], "--layout imagenet: .*'ssv2', 'ucf101', 'kinetics', 'tree' or 'list'"),
         (["{source}", "set", "--shard-bytes", "1KB"], "at least 64000"),
     ],
 )
 def test_bad_sources(source, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=words):
+    with pytest.raises((ConfigError, DataError), match=words):
         pack.main([argument.format(source=source) for argument in arguments])
     assert not (tmp_path / "set").exists()
 
@@ -152,7 +148,7 @@ def test_wrong_credentials(source, s3, monkeypatch):
 
 
 def test_unknown_options_end_with_2(source):
-    for arguments in ([], [source], [source, "set", "--layout", "kinetics"], [source, "set", "--split-number", "7"]):
+    for arguments in ([], [source], [source, "set", "--no-such-option"], [source, "set", "--layout"]):
         with pytest.raises(SystemExit) as end:
             pack.main(arguments)
         assert end.value.code == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from jobs import cli, train
@@ -39,6 +41,7 @@ def test_every_preset_is_planned(name, capsys):
 def test_the_plan_has_steps_and_batches_of_each_world_size(packed, capsys, tmp_path):
     assert dry_run(f"data.url={packed}", "data.classes=3", "cluster.workers=[1,3]", f"run.storage={tmp_path}") == 0
     said = capsys.readouterr().out
+    assert re.search(r"packed set: something-something-v2, version [0-9a-f]{16}\n", said)
     assert "13 training samples / 16 = 1 steps an epoch" in said
     assert "1 workers: micro batch 8 x accumulation 2 x 1 = 16" in said
     assert "3 workers: refused" in said
@@ -87,7 +90,9 @@ def test_no_packed_set(s3):
 def test_no_shards(s3):
     filesystem, root = open_storage(s3.url("hollow"))
     write_bytes(
-        filesystem, f"{root}/manifest.json", b'{"dataset":"x","classes":["a","b"],"splits":{},"quarantined":0,"plan":"p"}'
+        filesystem,
+        f"{root}/manifest.json",
+        b'{"dataset":"x","classes":["a","b"],"splits":{},"quarantined":0,"plan":"p","format":2,"recipe":{"layout":"list","options":{},"shard_bytes":1,"transcode":null}}',
     )
     with pytest.raises(DataError, match="no shards"):
         dry_run(f"data.url=s3://{root}")

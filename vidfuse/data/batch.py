@@ -28,11 +28,11 @@ class Batch:
 
     clips: UInt8[Tensor, "B T C H W"]
     """RGB, 0..255."""
-    labels: Int[Tensor, "B"]
+    labels: Int[Tensor, " B"]
     """Class, 0..K-1; -1 where the split has no labels."""
-    weights: Float[Tensor, "B"]
+    weights: Float[Tensor, " B"]
     """1, or 0 for padding and for a video that could not be read."""
-    samples: Int[Tensor, "B"]
+    samples: Int[Tensor, " B"]
     """Row of the sample in its split's index; -1 for padding."""
     errors: tuple[SampleError, ...] = ()
     """Videos of this batch that could not be read; their rows are here with weight 0."""

@@ -11,9 +11,9 @@ Axes: R rows (videos x views), T frames, H = W = size.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vidfuse.config import DataConfig
+from vidfuse.data import augment
+from vidfuse.data.augment import Change
 from vidfuse.data.decode import DecodeError, decode_frames
+from vidfuse.data.flips import NEVER, Classes
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
 from vidfuse.data.shards import SplitIndex
 from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
@@ -30,8 +33,9 @@ FETCHES_AT_ONCE = 8
 """Byte ranges that a reading task asks of the storage at the same time."""
 READS = 3
 """Tries of a byte range, beyond those of the file system: a connection that is lost within the answer is no error to pyarrow."""
-CROPS, FRAMES = 1, 2
-"""Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows."""
+CROPS, FRAMES, CHANGES = 1, 2, 3
+"""Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows, and
+after its first use in a weighted epoch the number of the use."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -48,6 +52,19 @@ class Video(NamedTuple):
     frames: int
     width: int
     height: int
+    use: int = 0
+    """How many uses of the sample come before this one in the epoch."""
+
+
+class View(NamedTuple):
+    """How a video becomes one clip."""
+
+    numbers: npt.NDArray[np.int64]
+    """[T] frames."""
+    box: Box
+    label: int
+    """The video's, or its mirror image's."""
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Part:
 
 
 def parts_of(index: SplitIndex, samples: npt.NDArray[np.int64], per_part: int, *, epoch: int | None) -> Iterator[Part]:
-    """Cut a sequence of sample numbers into parts of `per_part` videos (the last may be shorter)."""
+    """Cut entries of an epoch's order into parts of `per_part` videos (the last may be shorter)."""
     for start in range(0, len(samples), per_part):
         yield Part(epoch, tuple(_video(index, int(s)) for s in samples[start : start + per_part]))
 
@@ -79,10 +96,14 @@ class ClipReader:
     """Temporal views in testing."""
     crops: int = 1
     """Spatial views in testing."""
+    flip: bool = False
+    """Whether each view in testing is followed by its mirror image."""
+    mirrored: Classes | None = None
+    """[K] class of a class's mirrored clip, `NEVER` if it has none. `None`: labels name no sides."""
 
     def views(self, epoch: int | None) -> int:
         """Rows of one video; `None`: in testing."""
-        return self.clips * self.crops if epoch is None else self.data.repeats
+        return self.clips * self.crops * (1 + self.flip) if epoch is None else self.data.repeats
 
     def rows(self, part: Part) -> int:
         """Rows of a part."""
@@ -113,13 +134,15 @@ class ClipReader:
         }
         for number, (video, content) in enumerate(self._contents(part.videos)):
             place = slice(number * views, (number + 1) * views)
-            out["label"][place], out["sample"][place] = video.label if video else -1, video.sample if video else PADDING
+            out["sample"][place] = video.sample if video else PADDING
             if video is None:
                 continue
+            plans = list(self.plans(video, part.epoch))
+            out["label"][place] = [plan.label for plan in plans]
             try:
                 if isinstance(content, DecodeError):
                     raise content
-                self._decode(video, content, part.epoch, out["clip"][place])
+                self.decode(content, plans, out["clip"][place])
                 out["weight"][place] = 1
             except DecodeError as error:
                 out["clip"][place] = 0
@@ -133,51 +156,62 @@ class ClipReader:
             for video, job in jobs:
                 yield video, job.result() if job else b""
 
-    def _decode(self, video: Video, content: bytes, epoch: int | None, out: npt.NDArray[np.uint8]) -> None:
+    def decode(self, content: bytes, plans: Sequence[View], out: npt.NDArray[np.uint8]) -> None:
         """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""
-        plans = list(self._views(video, epoch))
         places: dict[int, list[tuple[int, int]]] = {}
-        for view, (numbers, _) in enumerate(plans):
-            for place, number in enumerate(numbers):
+        for view, plan in enumerate(plans):
+            for place, number in enumerate(plan.numbers):
                 places.setdefault(int(number), []).append((view, place))
         for number, frame in decode_frames(content, sorted(places), decoder=self.data.decoder):
             done: dict[Box, npt.NDArray[np.uint8]] = {}
             for view, place in places[number]:
-                box = plans[view][1]
+                box = plans[view].box
                 if box not in done:
                     done[box] = crop_resize(frame, box, self.data.size)
                 out[view, place] = done[box]
+        for view, plan in enumerate(plans):
+            if plan.changes:
+                out[view] = augment.apply(out[view], plan.changes)
 
-    def _views(self, video: Video, epoch: int | None) -> Iterator[tuple[npt.NDArray[np.int64], Box]]:
+    def plans(self, video: Video, epoch: int | None) -> Iterator[View]:
+        """How a video becomes its clips in an epoch; `None`: in testing."""
         data = self.data
         if epoch is not None:
             for repeat in range(data.repeats):
-                draw = (repeat,) if repeat else ()
-                rng = generator(self.seed, epoch, video.sample, FRAMES, *draw)
-                numbers = frame_numbers(video.frames, data.frames, sampling=data.sampling, stride=data.stride, rng=rng)
-                rng = generator(self.seed, epoch, video.sample, CROPS, *draw)
-                yield (
-                    numbers,
-                    random_box(
-                        video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=data.flip, rng=rng
-                    ),
-                )
+                again = (repeat, video.use) if video.use else (repeat,) if repeat else ()
+                yield self._drawn(video, epoch, *again)
             return
         for clip in range(self.clips):
             numbers = frame_numbers(
                 video.frames, data.frames, sampling=data.sampling, stride=data.stride, view=clip, views=self.clips
             )
             for crop in range(self.crops):
-                yield numbers, centre_box(video.height, video.width, crop=crop, crops=self.crops)
+                box = centre_box(video.height, video.width, crop=crop, crops=self.crops)
+                yield View(numbers, box, video.label)
+                if self.flip:
+                    yield View(numbers, replace(box, mirrored=True), video.label)
+
+    def _drawn(self, video: Video, epoch: int, *draw: int) -> View:
+        data = self.data
+        frames, crops, changes = (generator(self.seed, epoch, video.sample, p, *draw) for p in (FRAMES, CROPS, CHANGES))
+        how = data.augment.temporal
+        numbers = frame_numbers(video.frames, data.frames, sampling=data.sampling, stride=data.stride, rng=frames, temporal=how)
+        image = video.label if self.mirrored is None or video.label < 0 else int(self.mirrored[video.label])
+        flip = data.flip and image != NEVER
+        box = random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=flip, rng=crops)
+        label = image if box.mirrored else video.label
+        return View(numbers, box, label, augment.draw(data.augment, data.size, changes))
 
 
-def _video(index: SplitIndex, sample: int) -> Video | None:
-    if sample == PADDING:
+def _video(index: SplitIndex, number: int) -> Video | None:
+    if number == PADDING:
         return None
+    sample, use = number % len(index), number // len(index)
     return Video(
         sample=sample,
         shard=index.shards[index.shard[sample]],
         key=str(index.key[sample]),
+        use=use,
         **{name: int(getattr(index, name)[sample]) for name in ("label", "offset", "size", "frames", "width", "height")},
     )
 

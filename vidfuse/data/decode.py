@@ -1,8 +1,9 @@
 """Video bytes -> RGB frames: the only file that knows a decoder.
 
 Comes in: the bytes of one encoded video and the indices of the frames wanted. Goes out: uint8 frames [H, W, 3] as shown
-(rotation metadata applied), or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no header's
-count is believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs.
+(rotation metadata applied), what the file is, or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no
+header's count is believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs. Of videos that
+`data.transcode` wrote (each packet is a frame, each GOP is closed) those GOPs are left out of which no frame is wanted.
 
 One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` is called the way in which it
 neither crashes nor shifts frames (bytes through a file in shared memory, one thread, every frame in order).
@@ -10,6 +11,7 @@ neither crashes nor shifts frames (bytes through a file in shared memory, one th
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import importlib.util
 import io
@@ -31,6 +33,8 @@ MAX_FRAMES = 36_000
 """Frames of a video; 20 minutes at 30 frames a second. A longer one is refused."""
 MAX_PIXELS = 4096 * 4096
 """Width x height of a frame. A larger one is refused before it is decoded."""
+CLOSED_GOPS = "vidfuse: closed GOPs, a frame a packet"
+"""Comment of an mp4 whose frames can be counted by its packets, and whose GOPs can be decoded by themselves."""
 _CHUNK = 16
 """Frames that decord holds at a time."""
 _SHARED_MEMORY = Path("/dev/shm")
@@ -57,7 +61,23 @@ class VideoInfo:
     height: int
     """Pixels, as shown (after rotation)."""
     codec: str
-    """The codec's name as FFmpeg has it; empty where the decoder does not tell (decord)."""
+    """The codec's name as FFmpeg has it (not its decoder's: `av1`); empty where the decoder does not tell (decord)."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a video is and how its file is made."""
+
+    info: VideoInfo
+    container: str
+    """FFmpeg's name of the file's format: `matroska,webm`, `mov,mp4,m4a,3gp,3g2,mj2`, `avi`."""
+    pixel_format: str
+    """FFmpeg's name: `yuv420p`, `yuv420p10le`."""
+    audio_tracks: int
+    rotation: int
+    """Degrees counter-clockwise by which frames are turned to be shown."""
+    interval_spread: float
+    """(95th - 5th percentile) / median of the times between neighbouring frames; 0 where frames have no times."""
 
 
 def probe(video: bytes, *, decoder: str = "pyav") -> VideoInfo:
@@ -95,6 +115,59 @@ def decode_frames(video: bytes, wanted: Sequence[int], *, decoder: str = "pyav")
     return _pick(decoder, _decode_pyav, _decode_decord)(video, indices)
 
 
+def inspect(video: bytes, wanted: Sequence[int] = ()) -> tuple[Inspection, list[Frame]]:
+    """Decode a whole video with PyAV, in order, and keep some of its frames.
+
+    Args:
+        video: The encoded file's bytes.
+        wanted: Indices of frames to keep, increasing, from 0; those the video does not have are left out.
+
+    Returns:
+        What the file is, and the wanted frames, RGB [H, W, 3] each.
+
+    Raises:
+        DecodeError: as `probe`.
+    """
+    times: list[float] = []
+    kept: list[Frame] = []
+    left = set(wanted)
+    size, rotation, pixels = (0, 0), 0, ""
+    with faults(), _opened(video) as (container, stream):
+        convert = VideoReformatter()
+        count = 0
+        for count, frame in enumerate(_frames(container, stream), start=1):
+            if frame.time is not None:
+                times.append(frame.time)
+            if count == 1:
+                size, rotation, pixels = _shown_size(frame), int(frame.rotation), frame.format.name
+            if count - 1 in left:
+                kept.append(_rgb(convert, frame))
+        fps, duration = _timing(
+            count, float(stream.average_rate or stream.guessed_rate or 0), times[-1] - times[0] if times else 0.0
+        )
+        info = VideoInfo(count, fps, duration, *size, stream.codec.canonical_name)
+        sound = len(container.streams.audio)
+        return Inspection(info, container.format.name, pixels, sound, rotation, _spread(times)), kept
+
+
+def timed_frames(video: bytes) -> Iterator[tuple[float, Frame]]:
+    """Yield all frames in order, as `(seconds since the first, RGB [H, W, 3])`.
+
+    Args:
+        video: The encoded file's bytes.
+
+    Raises:
+        DecodeError: while iterating: what `probe` raises.
+    """
+    with faults(), _opened(video) as (container, stream):
+        convert, rate = VideoReformatter(), float(stream.average_rate or stream.guessed_rate or 25)
+        start: float | None = None
+        for count, frame in enumerate(_frames(container, stream)):
+            time = count / rate if frame.time is None else frame.time
+            start = time if start is None else start
+            yield time - start, _rgb(convert, frame)
+
+
 def _pick(decoder: str, pyav: Any, decord: Any) -> Any:
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}; there are {', '.join(DECODERS)}")
@@ -107,17 +180,13 @@ def _pick(decoder: str, pyav: Any, decord: Any) -> Any:
 
 
 def _probe_pyav(video: bytes) -> VideoInfo:
-    with _faults(), _opened(video) as (container, stream):
-        count, first, last, size = 0, None, None, (0, 0)
-        for frame in _frames(container, stream):
-            count += 1
-            if frame.time is not None:
-                first, last = frame.time if first is None else first, frame.time
-            if count == 1:
-                size = _shown_size(frame)
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        fps, duration = _timing(count, fps, (last - first) if first is not None and last is not None else 0.0)
-        return VideoInfo(count, fps, duration, *size, stream.codec_context.name)
+    return inspect(video)[0].info
+
+
+def _spread(times: Sequence[float]) -> float:
+    intervals = np.diff(times)
+    low, middle, high = np.percentile(intervals, [5, 50, 95]) if len(intervals) else (0.0, 0.0, 0.0)
+    return float((high - low) / middle) if middle > 0 else 0.0
 
 
 def _timing(frames: int, fps: float, span: float) -> tuple[float, float]:
@@ -132,13 +201,15 @@ def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Fr
         return
     remaining = iter(indices)
     target, count = next(remaining), 0
-    with _faults(), _opened(video) as (container, stream):
+    with faults(), _opened(video) as (container, stream):
         convert = VideoReformatter()
-        for count, frame in enumerate(_frames(container, stream), start=1):
-            if count - 1 != target:
+        closed = container.metadata.get("comment") == CLOSED_GOPS
+        frames = _frames_of_gops(container, stream, indices) if closed else enumerate(_frames(container, stream))
+        for number, frame in frames:
+            count = number + 1
+            if number != target:
                 continue
-            image: Any = convert.reformat(frame, format="rgb24").to_ndarray()
-            yield target, _upright(image, frame.rotation)
+            yield target, _rgb(convert, frame)
             target = next(remaining, -1)
             if target < 0:
                 return
@@ -182,6 +253,32 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         raise DecodeError(f"the video is cut off: {packets} of {stream.frames} packets are there")
 
 
+def _frames_of_gops(container: Any, stream: Any, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Frames with their numbers of the GOPs in which some of `indices` are, and in any case of the last one."""
+    first, gop = 0, list[Any]()
+    for packet in container.demux(stream):
+        if packet.is_keyframe or not packet.size:  # the packet at the end is empty
+            place = bisect.bisect_left(indices, first)
+            if not packet.size or (place < len(indices) and indices[place] < first + len(gop)):
+                yield from _frames_of_gop(stream.codec_context, first, gop)
+            first, gop = first + len(gop), []
+        gop.append(packet)
+
+
+def _frames_of_gop(decoder: Any, first: int, packets: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    number = first
+    for packet in (*packets, None):
+        for frame in decoder.decode(packet):
+            if frame.is_corrupt:
+                raise DecodeError(f"frame {number} is damaged")
+            _check_pixels(frame.width, frame.height)
+            yield number, frame
+            number += 1
+    if number - first != len(packets):
+        raise DecodeError(f"{number - first} of {len(packets)} frames from {first} on decode: the video is damaged")
+    decoder.flush_buffers()
+
+
 def _matroska_bytes(video: bytes) -> int:
     """Length that a Matroska or WebM file gives itself, in bytes; 0: another container, or not told.
 
@@ -206,6 +303,11 @@ def _check_pixels(width: int, height: int) -> None:
         raise DecodeError(f"a frame of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read, make the video smaller")
 
 
+def _rgb(convert: VideoReformatter, frame: Any) -> Frame:
+    image: Any = convert.reformat(frame, format="rgb24").to_ndarray()
+    return _upright(image, frame.rotation)
+
+
 def _upright(image: Frame, degrees: int) -> Frame:
     """Turn a frame by its rotation metadata, degrees counter-clockwise; other angles than quarter turns are left alone."""
     turns = round(degrees / 90) % 4 if degrees % 90 == 0 else 0
@@ -217,7 +319,7 @@ def _shown_size(frame: Any) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _faults() -> Iterator[None]:
+def faults() -> Iterator[None]:
     """Let only `DecodeError` out: on broken files PyAV also raises UnicodeDecodeError, MemoryError and others."""
     try:
         yield
@@ -232,7 +334,7 @@ def _faults() -> Iterator[None]:
 
 
 def _probe_decord(video: bytes) -> VideoInfo:
-    with _faults(), _reader(video) as reader:
+    with faults(), _reader(video) as reader:
         count, fps = len(reader), float(reader.get_avg_fps())
         height = width = 0
         for start in range(0, count, _CHUNK):
@@ -244,7 +346,7 @@ def _probe_decord(video: bytes) -> VideoInfo:
 def _decode_decord(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
     if not indices:
         return
-    with _faults(), _reader(video) as reader:
+    with faults(), _reader(video) as reader:
         if indices[-1] >= len(reader):
             raise DecodeError(f"frame {indices[-1]} is wanted, the video has {len(reader)}")
         for start in range(0, indices[-1] + 1, _CHUNK):

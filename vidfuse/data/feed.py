@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from torch import Tensor
 from vidfuse.config import Config
 from vidfuse.data.batch import Batch, SampleError
 from vidfuse.data.clips import ClipReader, Columns, Part, parts_of
+from vidfuse.data.draws import Draws, Uses
+from vidfuse.data.flips import mirrored_classes
 from vidfuse.data.sampling import Samples, World, epoch_order, rank_rows, steps_of
 from vidfuse.data.shards import Manifest, SplitIndex
 
@@ -45,6 +47,8 @@ class PackedSet:
     root: str
     manifest: Manifest
     indices: dict[str, SplitIndex]
+    draws: Draws = field(default_factory=Draws)
+    """How often training samples are used."""
 
 
 class Feed:
@@ -60,16 +64,20 @@ class Feed:
         """Samples of the training split."""
         return len(self.packed.indices[self.config.data.train_split])
 
+    def uses(self, epoch: int) -> Uses:
+        """How often each training sample is used in an epoch."""
+        return self.packed.draws.uses(self.train_samples, seed=self.config.seed, epoch=epoch)
+
     def order(self, epoch: int) -> Samples:
         """The order of an epoch."""
-        return epoch_order(self.train_samples, seed=self.config.seed, epoch=epoch)
+        return epoch_order(self.train_samples, seed=self.config.seed, epoch=epoch, uses=self.uses(epoch))
 
     def train(self, epoch: int, left: Samples) -> Iterator[tuple[Batch, ...]]:
         """Optimizer steps of what is left of an epoch, each as its micro batches.
 
         Args:
             epoch: number of the epoch, from 0.
-            left: sample numbers still to be used, in the epoch's order.
+            left: entries of the epoch's order that are still to be used.
         """
         if self._stream is None or self._next_epoch != epoch or len(left) != self.train_samples:
             self._stream = self._open(epoch, left)
@@ -77,10 +85,13 @@ class Feed:
         for _ in range(steps_of(len(left), self.world.global_batch)):
             yield tuple(next(self._stream) for _ in range(self.world.accumulation))
 
-    def score(self, split: str, *, clips: int, crops: int, micro_batch: int) -> Iterator[Batch]:
-        """Every sample of a split once, as its views, shared out over the ranks; the same number of batches on each."""
+    def score(self, split: str, *, clips: int, crops: int, micro_batch: int, flip: bool = False) -> Iterator[Batch]:
+        """Every sample of a split once, as its views, shared out over the ranks; the same number of batches on each.
+
+        The views of a sample follow each other; under `flip` each is followed by its mirror image.
+        """
         index = self.packed.indices[split]
-        reader = self._reader(clips, crops)
+        reader = self._reader(clips, crops, flip)
         per_part = self._videos_per_part(reader, micro_batch, views=reader.views(None))
         world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
         mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
@@ -108,8 +119,10 @@ class Feed:
             for columns in self._pull(reader, parts, rows):
                 yield _batch(columns)
 
-    def _reader(self, clips: int, crops: int) -> ClipReader:
-        return ClipReader(self.packed.filesystem, self.packed.root, self.config.data, self.config.seed, clips, crops)
+    def _reader(self, clips: int, crops: int, flip: bool = False) -> ClipReader:
+        packed, config = self.packed, self.config
+        mirrored = mirrored_classes(packed.manifest.classes)
+        return ClipReader(packed.filesystem, packed.root, config.data, config.seed, clips, crops, flip, mirrored)
 
     def _videos_per_part(self, reader: ClipReader, batch_rows: int, *, views: int) -> int:
         """As many videos as a block holds, in whole micro batches; a worker's share of the buffer has room for several blocks."""

@@ -10,12 +10,17 @@ world size. A step takes the next `global_batch` samples of the order; inside a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from vidfuse.config import Temporal
+
+PLAIN = Temporal()
+"""No more than `sampling` itself draws."""
 PADDING = -1
 """In place of a sample number: a row of weight 0."""
 
@@ -49,9 +54,32 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([k & 0xFFFFFFFF for k in key])))
 
 
-def epoch_order(samples: int, *, seed: int, epoch: int) -> Samples:
-    """The order of an epoch: a permutation of 0..samples-1 that is a pure function of (samples, seed, epoch)."""
-    return generator(seed, epoch, 0).permutation(samples).astype(np.int64)
+def epoch_order(samples: int, *, seed: int, epoch: int, uses: npt.NDArray[np.uint8] | None = None) -> Samples:
+    """The order of an epoch: a random permutation of its uses, a pure function of (uses, seed, epoch).
+
+    Args:
+        samples: of the split.
+        seed: of the run.
+        epoch: from 0.
+        uses: of each sample, if it is not once; their sum is `samples`.
+
+    Returns:
+        [samples] sample numbers; the n-th further use of a sample in this order is its number + n x samples (`use_of`).
+    """
+    order = generator(seed, epoch, 0).permutation(samples).astype(np.int64)
+    if uses is None:
+        return order
+    order = np.repeat(np.arange(samples), uses)[order]
+    grouped = np.argsort(order, kind="stable")
+    before = np.cumsum(uses, dtype=np.int64) - uses
+    further = np.empty(samples, np.int64)
+    further[grouped] = np.arange(samples) - before[order[grouped]]
+    return order + further * samples
+
+
+def use_of(numbers: Samples, samples: int) -> tuple[Samples, Samples]:
+    """Sample numbers, and how many uses of the sample come before, of an entry of an epoch's order."""
+    return numbers % samples, numbers // samples
 
 
 def steps_of(samples: int, global_batch: int) -> int:
@@ -85,6 +113,7 @@ def frame_numbers(
     rng: np.random.Generator | None = None,
     view: int = 0,
     views: int = 1,
+    temporal: Temporal = PLAIN,
 ) -> npt.NDArray[np.int64]:
     """Frames of a clip.
 
@@ -101,9 +130,10 @@ def frame_numbers(
         rng: randomness of a training clip; `None` for testing.
         view: which temporal view of `views`, in testing.
         views: temporal views of the video, in testing.
+        temporal: what else is random in training.
 
     Returns:
-        [count] frame numbers, each 0..frames-1, not decreasing unless a short video is walked round.
+        [count] frame numbers, each 0..frames-1, not decreasing unless a short video is walked round or the clip runs backwards.
 
     Raises:
         ValueError: a video without frames.
@@ -111,13 +141,40 @@ def frame_numbers(
     if frames < 1:
         raise ValueError("a video without frames has no clip")
     place = (view + 0.5) / views
+    temporal = temporal if rng is not None else PLAIN
+    speed, begin = _drawn_speed(rng, temporal)
     if sampling == "uniform":
         inside = rng.random(count) if rng is not None else np.full(count, place)
-        numbers = (np.arange(count) + inside) * (frames / count)
+        if temporal.jitter is not None:
+            inside = 0.5 + (inside - 0.5) * temporal.jitter
+        numbers = frames * (1 - speed) * begin + (np.arange(count) + inside) * (frames * speed / count)
     elif sampling == "dense":
-        span = (count - 1) * stride + 1
-        start = (rng.random() if rng is not None else place) * max(frames - span + 1, 1)
-        numbers = (np.floor(start) + np.arange(count) * stride) % frames
+        step = stride * speed
+        span = math.floor((count - 1) * step) + 1
+        start = math.floor(_place(place, rng) * max(frames - span + 1, 1))
+        moved = (rng.random(count) - 0.5) * temporal.jitter * step if rng is not None and temporal.jitter else 0.0
+        numbers = np.clip((start + np.arange(count) * step) % frames + moved, 0, frames - 1)
     else:
-        numbers = np.full(count, (rng.random() if rng is not None else place) * frames)
-    return np.minimum(np.floor(numbers).astype(np.int64), frames - 1)
+        numbers = np.full(count, _place(place, rng) * frames)
+    found = np.minimum(np.floor(numbers).astype(np.int64), frames - 1)
+    return found if rng is None else _lost_and_turned(found, temporal, rng)
+
+
+def _place(place: float, rng: np.random.Generator | None) -> float:
+    return float(rng.random()) if rng is not None else place
+
+
+def _drawn_speed(rng: np.random.Generator | None, temporal: Temporal) -> tuple[float, float]:
+    """The factor of the distance of neighbouring frames, and where what is cut out begins, 0..1; nothing is drawn if it is fixed."""
+    low, high = temporal.speed
+    if rng is None or low == high == 1:  # what is drawn after it stays as it is without
+        return 1.0, 0.0
+    return math.exp(rng.uniform(math.log(low), math.log(high))), float(rng.random())
+
+
+def _lost_and_turned(numbers: npt.NDArray[np.int64], temporal: Temporal, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Frames held in the place of lost ones, and perhaps backwards; nothing is drawn for what is off."""
+    if temporal.dropped:
+        kept = np.concatenate([[True], rng.random(len(numbers) - 1) >= temporal.dropped])
+        numbers = numbers[np.maximum.accumulate(np.where(kept, np.arange(len(numbers)), 0))]
+    return numbers[::-1].copy() if temporal.reverse and rng.random() < temporal.reverse else numbers

@@ -1,4 +1,4 @@
-"""The sample schema of a packed set: shards, their index, the manifest.
+"""The sample schema of a packed set: the manifest, the index, the records of shards and samples (`data.tars`: the shards).
 
 A packed set is a folder (local or on object storage):
 
@@ -8,9 +8,11 @@ A packed set is a folder (local or on object storage):
     <split>-<number>.tar          WebDataset shard: members `<key>.<video ext>` and `<key>.json` for each sample
     <split>-<number>.json         the shard's own record, written after the tar: the shard is complete (`ShardRecord`)
 
-Comes in: a pyarrow file system and the set's folder on it (credentials are the business of `on_ray.storage`), or open files.
-Goes out: the records above, checked, or a `DataError`. Tars are read strictly: where tarfile ends a damaged archive without a
-word, `read_members` raises; members are regular files with an allowed suffix; nothing is unpickled.
+A manifest is never written over, and its `version` is the hash of its content, which has the hash of every shard and, through the
+index, of every sample: two sets of one version are the same bytes.
+
+Comes in: a pyarrow file system and the set's folder on it (credentials are the business of `on_ray.storage`), or bytes. Goes
+out: the records above, checked, or a `DataError`. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ import hashlib
 import io
 import json
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +31,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vidfuse.config import TranscodeConfig
+
+FORMAT = 2
+"""Of the manifest and the index."""
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.json"
 VIDEO_SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov")
 META_SUFFIX = "json"
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=,@()-]{0,89}")
-_BLOCK = 512
-_MEMBER_BYTES = 4 * 1024**3
-"""Largest member that is read into memory."""
+_KEY = re.compile(r"[A-Za-z0-9_+=,@()-]{1,90}")
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -46,18 +48,20 @@ class DataError(ValueError):
     """A data set that cannot be used as it is: the message says what was found, what is allowed and what to do."""
 
 
-class _Record(BaseModel):
+class Frozen(BaseModel):
+    """A record that is not changed; unknown fields are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SampleMeta(_Record):
+class SampleMeta(Frozen):
     """The `<key>.json` member: one video."""
 
     key: str
     label: int | None
     """Class; `None` where the split has no labels."""
     text: str
-    """Its description as annotated (SSv2: the sentence; UCF101: the class name)."""
+    """Its description as annotated (SSv2: the sentence; else: the class name)."""
     duration: float
     """Seconds."""
     frames: int
@@ -68,9 +72,24 @@ class SampleMeta(_Record):
     height: int
     sha256: str
     """Of the video's bytes."""
+    source_sha256: str | None = None
+    """Of the file that it was transcoded from; `None`: it is that file."""
 
 
-class ShardInfo(_Record):
+class Recipe(Frozen):
+    """How a set was made."""
+
+    layout: str
+    """Of the annotations (`data.layouts`)."""
+    options: dict[str, int | float]
+    """Options of the layout that decided which video is in which split."""
+    shard_bytes: int
+    """Bound of a shard."""
+    transcode: TranscodeConfig | None
+    """Form that videos were brought into; `None`: they are stored as they were."""
+
+
+class ShardInfo(Frozen):
     """A shard as the manifest lists it."""
 
     name: str
@@ -79,7 +98,7 @@ class ShardInfo(_Record):
     sha256: str
 
 
-class SplitInfo(_Record):
+class SplitInfo(Frozen):
     """A split as the manifest lists it."""
 
     samples: int
@@ -90,10 +109,10 @@ class SplitInfo(_Record):
     shards: tuple[ShardInfo, ...]
 
 
-class Manifest(_Record):
+class Manifest(Frozen):
     """`manifest.json`."""
 
-    format: int = 1
+    format: int = FORMAT
     dataset: str
     classes: tuple[str, ...]
     splits: dict[str, SplitInfo]
@@ -101,9 +120,15 @@ class Manifest(_Record):
     """Videos left out."""
     plan: str
     """Hash of what was packed (sources and options): packing the same again writes nothing."""
+    recipe: Recipe
+
+    @property
+    def version(self) -> str:
+        """Name of this very content."""
+        return hashlib.sha256(dump_record(self)).hexdigest()[:16]
 
 
-class IndexRow(_Record):
+class IndexRow(Frozen):
     """A sample of a shard: where its video is inside the tar, and what reading needs to know of it."""
 
     key: str
@@ -115,9 +140,11 @@ class IndexRow(_Record):
     frames: int
     width: int
     height: int
+    sha256: str
+    """Of the video's bytes."""
 
 
-class Quarantined(_Record):
+class Quarantined(Frozen):
     """A video that was left out."""
 
     split: str
@@ -127,7 +154,7 @@ class Quarantined(_Record):
     reason: str
 
 
-class ShardRecord(_Record):
+class ShardRecord(Frozen):
     """`<split>-<number>.json`: a shard that is complete."""
 
     name: str
@@ -139,7 +166,7 @@ class ShardRecord(_Record):
     quarantined: tuple[Quarantined, ...]
 
 
-class Quarantine(_Record):
+class Quarantine(Frozen):
     """`quarantine.json`."""
 
     videos: tuple[Quarantined, ...]
@@ -165,20 +192,11 @@ class SplitIndex:
     frames: npt.NDArray[np.int32]
     width: npt.NDArray[np.int32]
     height: npt.NDArray[np.int32]
+    sha256: npt.NDArray[np.uint8]
+    """Of each video's bytes, [samples, 32]."""
 
     def __len__(self) -> int:
         return len(self.key)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside a tar."""
-
-    key: str
-    suffix: str
-    offset: int
-    """First byte of its content inside the tar."""
-    size: int
 
 
 def shard_name(split: str, number: int) -> str:
@@ -207,108 +225,6 @@ def check_key(key: str) -> str:
     return key
 
 
-# --- tars ---
-
-
-def write_shard(file: BinaryIO, samples: Iterable[tuple[SampleMeta, str, bytes]]) -> None:
-    """Write a WebDataset tar; the same samples always give the same bytes.
-
-    Args:
-        file: Open for writing, at its start.
-        samples: Meta data, video suffix without the dot, and the video's bytes; one sample at a time is held.
-
-    Raises:
-        DataError: a key or a suffix that a shard cannot have.
-    """
-    from webdataset import TarWriter  # imports torch: seconds, and nothing that reads shards should pay for it
-
-    with TarWriter(file, user="vidfuse", group="vidfuse", mtime=0, encoder=False) as tar:
-        for meta, suffix, video in samples:
-            key = check_key(meta.key)
-            _check_suffix(suffix, (*VIDEO_SUFFIXES,), key)
-            tar.write({"__key__": key, suffix: video})
-            tar.write({"__key__": key, META_SUFFIX: meta.model_dump_json().encode()})
-
-
-def read_members(file: BinaryIO) -> Iterator[tuple[Member, bytes]]:
-    """Walk a tar from its start to its end mark, one member's content in memory at a time.
-
-    Raises:
-        DataError: a damaged header, an unexpected end, a member that is no regular file or whose suffix is not allowed.
-    """
-    position = 0
-    while True:
-        header = file.read(_BLOCK)
-        if len(header) < _BLOCK:
-            raise DataError(f"the tar is cut off at byte {position + len(header)}: its end mark is missing")
-        if not any(header):
-            if any(any(rest) for rest in iter(lambda: file.read(_BLOCK * 128), b"")):
-                raise DataError(f"damaged tar header at byte {position}: zeros, and more data after them")
-            return
-        member, padded = _parse_header(header, position + _BLOCK)
-        content = file.read(padded)
-        if len(content) < padded:
-            raise DataError(
-                f"the tar is cut off at byte {position + _BLOCK + len(content)}, inside {member.key}.{member.suffix}"
-            )
-        yield member, content[: member.size]
-        position += _BLOCK + padded
-
-
-def _parse_header(header: bytes, offset: int) -> tuple[Member, int]:
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeError) as error:
-        raise DataError(f"damaged tar header at byte {offset - _BLOCK}: {error}") from None
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= info.size <= _MEMBER_BYTES:
-        raise DataError(f"member {info.name!r} is not a regular file of at most {_MEMBER_BYTES} bytes; only those are read")
-    key, _, suffix = info.name.partition(".")
-    _check_suffix(suffix, (*VIDEO_SUFFIXES, META_SUFFIX), key)
-    return Member(check_key(key), suffix, offset, info.size), -(-info.size // _BLOCK) * _BLOCK
-
-
-def _check_suffix(suffix: str, allowed: tuple[str, ...], key: str) -> None:
-    if suffix not in allowed:
-        raise DataError(f"{key}: suffix {suffix!r} is not allowed in a shard; allowed are {', '.join(allowed)}")
-
-
-def index_rows(file: BinaryIO) -> tuple[IndexRow, ...]:
-    """Index a tar by walking it.
-
-    Raises:
-        DataError: what `read_members` raises, a broken meta member, or a video without one (and the other way round).
-    """
-    rows: list[IndexRow] = []
-    video: Member | None = None
-    for member, content in read_members(file):
-        if member.suffix != META_SUFFIX:
-            if video is not None:
-                raise DataError(f"{video.key}: the video has no {META_SUFFIX} member after it")
-            video = member
-            continue
-        if video is None or video.key != member.key:
-            raise DataError(f"{member.key}: the {META_SUFFIX} member has no video before it")
-        rows.append(index_row(video, parse_record(SampleMeta, content, f"{member.key}.{META_SUFFIX}")))
-        video = None
-    if video is not None:
-        raise DataError(f"{video.key}: the video has no {META_SUFFIX} member after it")
-    return tuple(rows)
-
-
-def index_row(video: Member, meta: SampleMeta) -> IndexRow:
-    """The index row of a video member and its meta data."""
-    return IndexRow(
-        key=meta.key,
-        label=-1 if meta.label is None else meta.label,
-        suffix=video.suffix,
-        offset=video.offset,
-        size=video.size,
-        frames=meta.frames,
-        width=meta.width,
-        height=meta.height,
-    )
-
-
 # --- manifest and index ---
 
 
@@ -329,12 +245,21 @@ def read_manifest(fs: Any, root: str) -> Manifest:
             f"no {MANIFEST} in {root}: not a finished packed set; give the folder that jobs.pack wrote, or run"
             f" python -m jobs.pack SOURCE URL (an interrupted one continues)"
         ) from None
+    _check_format(content, f"{root}/{MANIFEST}")
     manifest = parse_record(Manifest, content, f"{root}/{MANIFEST}")
-    if manifest.format != 1:
-        raise DataError(f"{root}/{MANIFEST}: format {manifest.format}, this version reads 1; update vidfuse or pack again")
     if not any(info.shards for info in manifest.splits.values()):
         raise DataError(f"{root}/{MANIFEST} lists no shards; pack a source that has videos")
     return manifest
+
+
+def _check_format(content: bytes, where: str) -> None:
+    """Before the fields are: a manifest of another format has others."""
+    try:
+        found = json.loads(content).get("format", FORMAT)
+    except (ValueError, AttributeError):
+        return  # no manifest at all, which is told with the place of the fault
+    if found != FORMAT:
+        raise DataError(f"{where}: format {found}, this version reads {FORMAT}; update vidfuse, or pack again to another place")
 
 
 def check_classes(manifest: Manifest, classes: int) -> None:
@@ -403,15 +328,19 @@ _COLUMNS = {
     "frames": pa.int32(),
     "width": pa.int32(),
     "height": pa.int32(),
+    "sha256": pa.binary(32),
 }
 
 
 def encode_index(records: Iterable[ShardRecord]) -> bytes:
     """The index file (Parquet) of a split's shards, in this order."""
-    rows = [{"shard": record.name, **row.model_dump()} for record in records for row in record.samples]
-    schema = pa.schema(list(_COLUMNS.items()))
+    rows = [(record.name, row) for record in records for row in record.samples]
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for _, row in rows] for name in _COLUMNS if name != "shard"}
+    columns["shard"] = [shard for shard, _ in rows]
+    columns["sha256"] = [bytes.fromhex(digest) for digest in columns["sha256"]]
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd", store_schema=False)
+    table = pa.table({name: columns[name] for name in _COLUMNS}, schema=pa.schema(list(_COLUMNS.items())))
+    pq.write_table(table, sink, compression="zstd", store_schema=False)
     return sink.getvalue()
 
 
@@ -444,6 +373,7 @@ def decode_index(content: bytes, shards: tuple[str, ...]) -> SplitIndex:
         frames=column["frames"].astype(np.int32),
         width=column["width"].astype(np.int32),
         height=column["height"].astype(np.int32),
+        sha256=np.frombuffer(b"".join(column["sha256"]), np.uint8).reshape(-1, 32),
     )
 
 

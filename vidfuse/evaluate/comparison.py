@@ -1,6 +1,6 @@
 """Several trainings of each of several variants, side by side: a Markdown table and a picture with error bars.
 
-Comes in: a figure of each training, by variant. Goes out: text and a matplotlib `Figure` (`figures.png` renders it). The spread is the
+Comes in: a figure of each training, by variant. Goes out: text and a matplotlib `Figure` (`drawing.png` renders it). The spread is the
 sample standard deviation (n - 1) over trainings that differ by their seed alone, not an interval of the mean: with few seeds
 it is itself uncertain, so every single figure is shown beside it.
 """
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from vidfuse.evaluate.figures import BLUE, MUTED, STYLE, SURFACE, WIDTH_INCHES
+from vidfuse.evaluate.drawing import BLUE, MUTED, STYLE, SURFACE, WIDTH_INCHES, canvas
 
 MISSING = "-"
 """In a cell of the table for what there is not: no training yet, or no spread of a single one."""
@@ -79,8 +78,7 @@ def picture(variants: Sequence[Variant], *, figure: str, chance: float | None = 
         chance: accuracy of guessing, drawn as a dotted line.
     """
     with mpl.rc_context(STYLE):
-        made = Figure(figsize=(WIDTH_INCHES * 0.75, 0.42 * len(variants) + 1.0), layout="constrained")
-        FigureCanvasAgg(made)
+        made = canvas(0.42 * len(variants) + 1.0, width=WIDTH_INCHES * 0.75)
         axes = made.subplots()
         for place, variant in enumerate(variants):
             axes.plot(variant.known, [place] * len(variant.known), ls="", marker="o", ms=6, mfc="none", mec=MUTED)

@@ -1,51 +1,26 @@
 """Pictures of a run: training curves, the confusion matrix, accuracies by class, reliability.
 
-Comes in: the records of a run's `metrics.jsonl`, or `Scores`. Goes out: matplotlib `Figure`s, and from these `png` bytes, a
-stand-alone `svg`, or an `inline_svg` whose colours are the CSS variables of the page around it (so it follows dark mode).
-
-Nothing here touches pyplot or its global state. Class names are drawn as given: no mathtext, no line breaks, and shortened
-where they are long. Colours are the colour-blind-safe ones of Okabe & Ito, *Color Universal Design* (2008): blue is right or
-training, vermillion is wrong or validation.
+Comes in: the records of a run's `metrics.jsonl`, or `Scores`. Goes out: matplotlib `Figure`s, which `drawing` renders. Blue is right
+or training, vermillion is wrong or validation.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
+from vidfuse.evaluate.drawing import BLUE, GRID, INK, MUTED, PURPLE, STYLE, SURFACE, VERMILLION, canvas, plain, shorten
 from vidfuse.evaluate.metrics import ClassScore, Scores
-
-SURFACE, INK, MUTED, GRID = "#ffffff", "#1f2429", "#626c77", "#dfe3e8"
-BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#a8518a"
-VARIABLES = {SURFACE: "surface", INK: "ink", MUTED: "muted", GRID: "grid", BLUE: "blue", VERMILLION: "vermillion"}
-"""Colours that `inline_svg` turns into CSS variables (`--ink` and so on); without the variable the colour stays."""
-
-WIDTH_INCHES = 10.4
-STYLE: Any = {
-    "font.family": "DejaVu Sans", "font.size": 9.0, "svg.fonttype": "none", "svg.hashsalt": "vidfuse", "svg.image_inline": True,
-    "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.facecolor": "none", "axes.titlesize": 10.0,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlecolor": INK, "axes.labelsize": 9.0,
-    "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID,
-    "grid.linewidth": 0.8, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round", "legend.frameon": False, "legend.fontsize": 8.5, "figure.facecolor": SURFACE,
-    "savefig.facecolor": SURFACE,
-}  # fmt: skip
 
 Record = Mapping[str, Any]
 Line = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -139,7 +114,7 @@ def training_curves(records: Sequence[Record], *, chance: float | None = None) -
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
     with mpl.rc_context(STYLE):
-        figure = _figure(2.35 * rows)
+        figure = canvas(2.35 * rows)
         grid = figure.subplots(rows, columns, squeeze=False)
         last = max(steps.max() for steps, _ in lines.values() if len(steps))
         for at, axes in enumerate(grid.flat):
@@ -171,7 +146,7 @@ def confusion_matrix(scores: Scores, *, order: Literal["given", "clustered"] | N
     with mpl.rc_context(STYLE):
         named = k <= 60
         side = float(np.clip(k * (0.36 if k <= 20 else 0.2), 3.2, 8.0)) if named else 7.6
-        figure = _figure(side + (1.0 if named else 0.9))
+        figure = canvas(side + (1.0 if named else 0.9))
         axes = figure.add_subplot()
         _matrix_cells(axes, scores, index)
         _matrix_axes(axes, scores, index, named=named)
@@ -231,7 +206,7 @@ def class_accuracy(scores: Scores, *, ends: int = 20) -> Figure:
         groups = [("", rows)]
     with mpl.rc_context(STYLE):
         heights = [len(group) for _, group in groups]
-        figure = _figure(0.225 * sum(heights) + 0.75 + 0.45 * (len(groups) - 1))
+        figure = canvas(0.225 * sum(heights) + 0.75 + 0.45 * (len(groups) - 1))
         panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
         for axes, (title, group) in zip(panels, groups, strict=True):
             _bars(axes, group, title)
@@ -246,7 +221,7 @@ def reliability(scores: Scores) -> Figure:
     width = scores.calibration.bins[0].high
     x = [(b.low + b.high) / 2 for b in bins]
     with mpl.rc_context(STYLE):
-        figure = _figure(5.2, width=5.6)
+        figure = canvas(5.2, width=5.6)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         top.bar(x, [b.accuracy or 0.0 for b in bins], width * 0.9, color=BLUE, label="accuracy")
         for at, b in zip(x, bins, strict=True):
@@ -260,47 +235,6 @@ def reliability(scores: Scores) -> Figure:
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         for axis in (top.xaxis, top.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return figure
-
-
-def png(figure: Figure, *, dpi: int = 144) -> bytes:
-    """Render to PNG bytes, `dpi` pixels an inch."""
-    return _save(figure, "png", dpi=dpi)
-
-
-def svg(figure: Figure) -> str:
-    """Render to a stand-alone SVG document: text is text, images are inside, no date (the same figure is the same bytes)."""
-    return _save(figure, "svg").decode("utf-8")
-
-
-def inline_svg(figure: Figure, name: str, *, label: str) -> str:
-    """Render to an `<svg>` element for an HTML page.
-
-    Colours become `var(--ink, #...)` and so on, ids are prefixed (several figures share a page), width follows the page.
-
-    Args:
-        figure: What to draw.
-        name: Prefix of ids, distinct within a page: letters, digits, `-`.
-        label: What a screen reader says.
-
-    Raises:
-        ValueError: a name that cannot be part of an id.
-    """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
-        raise ValueError(f"name becomes part of ids: a letter, then letters, digits or '-'; given {name!r}")
-    text = svg(figure)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = _in_tags(text, lambda tag: _themed(re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", tag)))
-    width, height = (float(side) for side in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
-    head = (
-        f'<svg role="img" aria-label="{_attribute(label)}" viewBox="0 0 {width:g} {height:g}" style="max-width: {width:g}pt">'
-    )
-    return head + text[text.index(">") + 1 :]
-
-
-def _figure(height: float, *, width: float = WIDTH_INCHES) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -414,7 +348,7 @@ def _matrix_axes(axes: Axes, scores: Scores, index: NDArray[np.int64], *, named:
     for n, label in enumerate(index):
         if not scores.per_class[label].samples:
             axes.text(k / 2 - 0.5, n, "no videos of this class", ha="center", va="center", color=MUTED, fontsize=7.5)
-    _plain(axes.get_yticklabels(), INK)
+    plain(axes.get_yticklabels(), INK)
     if k <= 40:
         axes.set_xticks(np.arange(0.5, k - 1), minor=True)
         axes.set_yticks(np.arange(0.5, k - 1), minor=True)
@@ -444,7 +378,7 @@ def _bars(axes: Axes, rows: Sequence[ClassScore], title: str) -> None:
     axes.hlines(y, [low for low, _ in ends], [high for _, high in ends], color=BLUE, lw=1.8)
     axes.plot(values, y, "o", color=BLUE, markersize=5.5, markeredgecolor=SURFACE, markeredgewidth=0.8, clip_on=False)
     axes.set_yticks(y, [shorten(row.name, 52) for row in rows])
-    _plain(axes.get_yticklabels(), INK)
+    plain(axes.get_yticklabels(), INK)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), title=title)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -454,40 +388,3 @@ def _bars(axes: Axes, rows: Sequence[ClassScore], title: str) -> None:
 
 def _value(row: ClassScore) -> float:
     return row.accuracy.value if row.accuracy else 0.0
-
-
-def _plain(labels: Iterable[Text], colour: str) -> None:
-    for text in labels:
-        text.set_parse_math(False)
-        text.set_color(colour)
-
-
-def shorten(name: str, most: int) -> str:
-    """One line of at most `most` characters: white space and control characters become a space, the middle an ellipsis."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
-    if len(line) <= most:
-        return line
-    tail = (most - 1) // 2
-    return f"{line[: most - 1 - tail].rstrip()}…{line[-tail:].lstrip()}"
-
-
-def _save(figure: Figure, kind: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page's font has it
-        figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None, **options)
-    return out.getvalue()
-
-
-def _in_tags(text: str, change: Any) -> str:
-    return re.sub(r"<[^>]*>", lambda match: change(match.group()), text)
-
-
-def _themed(tag: str) -> str:
-    for colour, variable in VARIABLES.items():
-        tag = tag.replace(colour, f"var(--{variable}, {colour})")
-    return tag
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

@@ -1,40 +1,24 @@
 """report.html: what a run or an evaluation showed, in one file that needs nothing else.
 
 Comes in: the resolved config, the records of `metrics.jsonl`, `Scores`, unreadable videos and free facts; scores, records and
-errors may each be missing. Goes out: HTML with its style, script and pictures inside. It asks the network for nothing (its own
-Content-Security-Policy forbids it), every name is escaped, only the script that was shipped may run, and it follows the
-reader's light or dark mode.
+errors may each be missing. Goes out: a `page`.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import NamedTuple
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from vidfuse.evaluate import figures
 from vidfuse.evaluate.figures import Record
 from vidfuse.evaluate.metrics import ClassScore, MeanClassAccuracy, Proportion, Scores
+from vidfuse.evaluate.page import Headline, inline, percent, plural, render
 
 CONFUSIONS_IN_SIGHT = 10
 """Confusions told in words before the rest folds away."""
-
-
-class Headline(NamedTuple):
-    """One figure at the top of the report."""
-
-    name: str
-    value: str
-    note: str
-    span: tuple[float, float, float] | None = None
-    """Lower end, value and upper end of an interval, 0 to 1, to be drawn; `None`: no drawing."""
-    mark: float | None = None
-    """Chance, 0 to 1, to be marked in the drawing."""
 
 
 class ClassRow(NamedTuple):
@@ -69,12 +53,8 @@ def report(
     Raises:
         ValueError: a record without `step`.
     """
-    script = _shipped("report.js.j2")
-    environment = Environment(
-        loader=FunctionLoader(_shipped), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(percent=percent, plural=plural)
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         title=title,
         config_yaml=config_yaml,
         facts=facts,
@@ -85,23 +65,7 @@ def report(
         pictures=_pictures(records, scores),
         rows=_rows(scores) if scores else [],
         in_sight=CONFUSIONS_IN_SIGHT,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def percent(share: float, decimals: int = 1) -> str:
-    """0.8125 as `81.2%`."""
-    return f"{100 * share:.{decimals}f}%"
-
-
-def plural(count: int, one: str, many: str = "") -> str:
-    """`1 video`, `2 videos`, `12,000 videos`."""
-    return f"{count:,}\u00a0{one if count == 1 else many or one + 's'}"
-
-
-def _shipped(name: str) -> str:
-    return (resources.files("vidfuse.evaluate") / name).read_text(encoding="utf-8")
 
 
 def _verdict(scores: Scores) -> str:
@@ -158,7 +122,7 @@ def _headlines_of_training(records: Sequence[Record]) -> list[Headline]:
 
 
 def _pictures(records: Sequence[Record], scores: Scores | None) -> dict[str, Markup]:
-    drawn: dict[str, tuple[figures.Figure, str]] = {}
+    drawn: dict[str, tuple[Figure, str]] = {}
     if figures.drawable(records):
         chance = scores.chance.uniform if scores else None
         drawn["curves"] = figures.training_curves(records, chance=chance), "Training curves over optimizer steps"
@@ -166,9 +130,7 @@ def _pictures(records: Sequence[Record], scores: Scores | None) -> dict[str, Mar
         drawn["matrix"] = figures.confusion_matrix(scores), "Confusion matrix: rows are true classes, columns predicted ones"
         drawn["classes"] = figures.class_accuracy(scores), "Accuracy of classes with 95% intervals"
         drawn["reliability"] = figures.reliability(scores), "Accuracy against confidence"
-    return {  # safe as markup: matplotlib escapes text, labels are ours
-        name: Markup(figures.inline_svg(figure, name, label=label)) for name, (figure, label) in drawn.items()
-    }
+    return inline(drawn)
 
 
 def _rows(scores: Scores) -> list[ClassRow]:

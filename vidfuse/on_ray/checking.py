@@ -1,7 +1,11 @@
-"""Checking: a packed set against its manifest, one Ray task a shard.
+"""Checking: a packed set against its manifest, to one of three depths.
 
-Comes in: a URL. Goes out: one line for each fault, `shard/key: fault`, none where the set is whole. A shard is streamed once:
-hashed, walked strictly, its samples held against the class list, the index and their own meta data, and decoded.
+Comes in: a URL. Goes out: one line for each fault, `shard/key: fault`, none where the set is whole.
+
+`files`: each file is there and has its size; manifest, indices and quarantine agree. Nothing else is read, no Ray is needed.
+`bytes`: every shard is streamed once in a Ray task: hashed, walked strictly, its samples held against the class list, the index
+    and their own meta data, each by its sha256.
+`frames`: every frame of every video is decoded too, and held against what was counted at packing.
 """
 
 from __future__ import annotations
@@ -11,16 +15,32 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pyarrow import fs as pafs
 
-from vidfuse.data import decode, shards
-from vidfuse.data.shards import DataError, IndexRow, Manifest, Member, SampleMeta, ShardInfo, SplitIndex
+from vidfuse.config import TranscodeConfig
+from vidfuse.data import decode, shards, tars, transcode
+from vidfuse.data.shards import DataError, IndexRow, Manifest, SampleMeta, ShardInfo, SplitIndex
+from vidfuse.data.tars import Member
 from vidfuse.on_ray import storage
-from vidfuse.on_ray.packing import Progress, run_tasks
+from vidfuse.on_ray.tasks import Progress, run_tasks
 
-_READ_BYTES = 8 * 1024**2
+Depth = Literal["files", "bytes", "frames"]
+READ_BYTES = 8 * 1024**2
+"""Read of a shard at a time."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for all samples of a set."""
+
+    classes: int
+    """Number of classes."""
+    decoding: bool
+    """Whether videos are decoded."""
+    form: TranscodeConfig | None
+    """What they were brought into."""
 
 
 @dataclass
@@ -42,12 +62,12 @@ def open_set(url: str) -> Manifest:
     return shards.read_manifest(*storage.open_storage(url))
 
 
-def check(url: str, *, decoding: bool = True, on_progress: Callable[[Progress], None] | None = None) -> list[str]:
-    """Verify a packed set; Ray is running.
+def check(url: str, depth: Depth = "bytes", *, on_progress: Callable[[Progress], None] | None = None) -> list[str]:
+    """Verify a packed set; Ray is running (but for `files`).
 
     Args:
         url: Of the set.
-        decoding: Decode every video too; without it everything else is still read and verified.
+        depth: See above.
         on_progress: Called after each shard.
 
     Returns:
@@ -60,7 +80,8 @@ def check(url: str, *, decoding: bool = True, on_progress: Callable[[Progress], 
     manifest = open_set(url)
     fs, root = storage.open_storage(url)
     place = root if isinstance(fs, pafs.LocalFileSystem) else url
-    faults = _totals(manifest) + _files(fs, root, manifest)
+    faults = _totals(manifest) + _files(fs, root, manifest, sizes=depth == "files")
+    rules = Rules(len(manifest.classes), depth == "frames", manifest.recipe.transcode)
     units: list[tuple[Any, ...]] = []
     for split, info in manifest.splits.items():
         index = None
@@ -70,8 +91,8 @@ def check(url: str, *, decoding: bool = True, on_progress: Callable[[Progress], 
             faults.append(f"{info.index}: {str(error).removeprefix(f'{root}/{info.index}: ')}")
         for number, shard in enumerate(info.shards):
             rows = _rows(index, number) if index is not None else None
-            units.append((place, shard, rows, len(manifest.classes), decoding))
-    return faults + _run(units, on_progress)
+            units.append((place, shard, rows, rules))
+    return faults if depth == "files" else faults + _run(units, on_progress)
 
 
 def _run(units: list[tuple[Any, ...]], on_progress: Callable[[Progress], None] | None) -> list[str]:
@@ -101,12 +122,19 @@ def _totals(manifest: Manifest) -> list[str]:
     return faults
 
 
-def _files(fs: Any, root: str, manifest: Manifest) -> list[str]:
-    known = {shard.name for info in manifest.splits.values() for shard in info.shards}
+def _files(fs: Any, root: str, manifest: Manifest, *, sizes: bool) -> list[str]:
+    known = {shard.name: shard.bytes for info in manifest.splits.values() for shard in info.shards}
     found = storage.list_files(fs, root)
     faults = [
         f"{name}: a shard that the manifest does not list" for name in found if name.endswith(".tar") and name not in known
     ]
+    if sizes:  # deeper checks tell it of each shard that they read
+        faults += [f"{name}: missing" for name in known if name not in found]
+        faults += [
+            f"{name}: {found[name]} bytes, the manifest says {size}"
+            for name, size in known.items()
+            if found.get(name, size) != size
+        ]
     if shards.QUARANTINE not in found:
         return [*faults, f"{shards.QUARANTINE}: missing"]
     try:
@@ -120,29 +148,28 @@ def _files(fs: Any, root: str, manifest: Manifest) -> list[str]:
 
 
 def _rows(index: SplitIndex, number: int) -> tuple[IndexRow, ...]:
-    names = ("key", "label", "suffix", "offset", "size", "frames", "width", "height")
+    names = ("key", "label", "suffix", "offset", "size", "frames", "width", "height", "sha256")
     chosen = (index.shard == number).nonzero()[0]
-    columns = [getattr(index, name)[chosen].tolist() for name in names]
+    columns = [getattr(index, name)[chosen].tolist() for name in names[:-1]]
+    columns.append([digest.tobytes().hex() for digest in index.sha256[chosen]])
     return tuple(IndexRow(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True))
 
 
 # --- one shard ---
 
 
-def _check_shard(
-    url: str, shard: ShardInfo, expected: tuple[IndexRow, ...] | None, classes: int, decoding: bool
-) -> ShardReport:
+def _check_shard(url: str, shard: ShardInfo, expected: tuple[IndexRow, ...] | None, rules: Rules) -> ShardReport:
     """Everything that is wrong with a shard; runs in a Ray task."""
     fs, root = storage.open_storage(url)
     report = ShardReport()
     try:
-        stream = fs.open_input_stream(storage.join(root, shard.name), buffer_size=_READ_BYTES)
+        stream = fs.open_input_stream(storage.join(root, shard.name), buffer_size=READ_BYTES)
     except FileNotFoundError:
         report.faults.append(f"{shard.name}: missing")
         return report
     with contextlib.closing(stream):
-        hashed = _Hashed(stream)
-        rows = _walk(hashed, shard.name, classes, decoding, report)
+        hashed = Hashed(stream)
+        rows = _walk(hashed, shard.name, rules, report)
         hashed.drain()
     if hashed.bytes < shard.bytes:
         report.faults.insert(0, f"{shard.name}: truncated, {hashed.bytes} of {shard.bytes} bytes are there")
@@ -154,39 +181,41 @@ def _check_shard(
     return report
 
 
-class _Hashed:
+class Hashed:
     """A stream that hashes and counts what is read from it."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.hash, self.bytes = stream, hashlib.sha256(), 0
 
     def read(self, size: int) -> bytes:
+        """The next bytes."""
         content = bytes(self.stream.read(size))
         self.hash.update(content)
         self.bytes += len(content)
         return content
 
     def drain(self) -> None:
-        while self.read(_READ_BYTES):
+        """Read to the end."""
+        while self.read(READ_BYTES):
             pass
 
 
-def _walk(file: Any, name: str, classes: int, decoding: bool, report: ShardReport) -> list[IndexRow]:
+def _walk(file: Any, name: str, rules: Rules, report: ShardReport) -> list[IndexRow]:
     rows: list[IndexRow] = []
-    for video, content, meta in _pairs(file, name, report):
+    for video, content, meta in samples_of(file, name, report):
         if meta.key in report.keys:
             report.faults.append(f"{name}/{meta.key}: duplicate key")
         report.keys.append(meta.key)
-        rows.append(shards.index_row(video, meta))
-        report.faults.extend(f"{name}/{meta.key}: {fault}" for fault in _sample_faults(content, meta, classes, decoding))
+        rows.append(tars.index_row(video, meta))
+        report.faults.extend(f"{name}/{meta.key}: {fault}" for fault in _sample_faults(content, meta, rules))
     return rows
 
 
-def _pairs(file: Any, name: str, report: ShardReport) -> Iterator[tuple[Member, bytes, SampleMeta]]:
+def samples_of(file: Any, name: str, report: ShardReport) -> Iterator[tuple[Member, bytes, SampleMeta]]:
     """Samples of a tar; members without a partner, and the tar's own damage, become faults."""
     video: tuple[Member, bytes] | None = None
     try:
-        for member, content in shards.read_members(file):
+        for member, content in tars.read_members(file):
             if video and (member.suffix != shards.META_SUFFIX or member.key != video[0].key):
                 report.faults.append(f"{name}/{video[0].key}: missing member, {video[0].suffix} without json")
                 video = None
@@ -216,21 +245,25 @@ def _meta(member: Member, content: bytes, name: str, report: ShardReport) -> Sam
     return meta.model_copy(update={"key": member.key})
 
 
-def _sample_faults(content: bytes, meta: SampleMeta, classes: int, decoding: bool) -> Iterator[str]:
+def _sample_faults(content: bytes, meta: SampleMeta, rules: Rules) -> Iterator[str]:
+    classes = rules.classes
     if meta.label is not None and not 0 <= meta.label < classes:
         yield f"label {meta.label} outside the list of {classes} classes (0 to {classes - 1})"
     if hashlib.sha256(content).hexdigest() != meta.sha256:
         yield "the video's bytes are altered, their sha256 is not that of its json"
-    if not decoding:
+    if not rules.decoding:
         return
     try:
         info = decode.probe(content)
+        kept = rules.form is None or transcode.in_form(content, info, rules.form)
     except decode.DecodeError as error:
         yield f"undecodable video: {error}"
         return
     found, said = (info.frames, info.width, info.height), (meta.frames, meta.width, meta.height)
     if found != said:
         yield "frames, width, height are {} x {} x {}, its json says {} x {} x {}".format(*found, *said)
+    if not kept:
+        yield "the video is not in the form that the manifest says (short side, GOP, rate, H.264)"
 
 
 def _index_faults(name: str, rows: list[IndexRow], expected: tuple[IndexRow, ...] | None) -> Iterator[str]:

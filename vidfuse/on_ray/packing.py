@@ -1,102 +1,40 @@
 """Packing: a folder of videos and its annotations -> a packed set on any storage, one Ray task a shard.
 
-Comes in: a `data.layouts.Source`, the folder (which every worker can see) and a URL. Goes out: shards, their records,
-the indices, `quarantine.json`, and `manifest.json` last: its presence says that the set is finished.
+Comes in: a `Source`, the folder (which every worker can see) and a URL. Goes out: shards, their records, the indices,
+`quarantine.json`, and `manifest.json` last: its presence says that the set is finished, and nothing writes over it.
 
-What goes into which shard is decided before anything is read, from names, annotations and file sizes (`make_plan`), so a shard
-is the same bytes whoever writes it and whenever. A shard's record is written after its tar; packing again after a crash skips
-the shards that have one. A task holds one video in memory and one shard on its disk.
+What goes into which shard is decided first (`data.planning`). A shard's record is written after its tar; packing again after a
+crash skips the shards that have one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
-import socket
-import tempfile
-import time
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from pyarrow import fs as pafs
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from vidfuse.data import decode, shards
-from vidfuse.data.layouts import Source, SourceVideo
-from vidfuse.data.shards import DataError, Manifest, Quarantined, SampleMeta, ShardInfo, ShardRecord, SplitInfo
+from vidfuse.config import TranscodeConfig
+from vidfuse.data import shards
+from vidfuse.data.annotations.source import Source
+from vidfuse.data.planning import SHARD_BYTES, Plan, ShardPlan, make_plan
+from vidfuse.data.shards import DataError, Manifest, ShardInfo, ShardRecord, SplitInfo
+from vidfuse.data.transcode import check_encoder
 from vidfuse.on_ray import storage
+from vidfuse.on_ray.shard_writing import ROOM, ShardJob, write_shard
+from vidfuse.on_ray.tasks import Board, Progress, run_tasks
 
-SHARD_BYTES = 256_000_000
-"""Default bound of a shard, bytes."""
-LEAST_SHARD_BYTES = 64_000
-_UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
-_VERSION = 1
-"""Of the packing: changed when the same source would give other bytes."""
-_MEMBER_OVERHEAD = 3 * 1024
-"""Most bytes that two tar headers, padding and the meta member add to a video (its text is counted besides)."""
-_END_OVERHEAD = 10 * 1024
-_CANCEL_SECONDS = 10.0
+BOARD_SECONDS = 5.0
+"""How long the board of what is under way is waited for."""
 _SHARD_FILE = re.compile(r".+-\d{5}\.(tar|json)")
-
-
-@dataclass(frozen=True)
-class PlannedVideo:
-    """A video and the bytes of its file."""
-
-    video: SourceVideo
-    bytes: int
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """What goes into a shard."""
-
-    name: str
-    split: str
-    videos: tuple[PlannedVideo, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Of its videos."""
-        return sum(video.bytes for video in self.videos)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A packed set before it is written."""
-
-    source: Source
-    shards: tuple[ShardPlan, ...]
-    digest: str
-    """Hash of everything that decides the set's bytes."""
-
-
-@dataclass
-class Progress:
-    """How far packing or checking is."""
-
-    bytes_total: int
-    videos_total: int
-    bytes: int = 0
-    videos: int = 0
-    quarantined: int = 0
-    bytes_before: int = 0
-    """Done by an earlier run."""
-    started: float = field(default_factory=time.monotonic)
-
-    def line(self) -> str:
-        """In words: share, rate, time left."""
-        seconds = max(time.monotonic() - self.started, 1e-6)
-        rate = (self.bytes - self.bytes_before) / seconds
-        eta = f"{(self.bytes_total - self.bytes) / rate:.0f} s" if rate else "unknown"
-        share = 100 * self.bytes / max(1, self.bytes_total)
-        left_out = f", {self.quarantined} left out" if self.quarantined else ""
-        return f"{self.videos}/{self.videos_total} videos ({share:.0f} %), {rate / 1e6:.1f} MB/s{left_out}, eta {eta}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +60,7 @@ class Packed:
             yield f"{split}: {info.samples} videos in {len(info.shards)} shards, {info.bytes / 1e6:.1f} MB"
         if self.manifest.quarantined:
             yield f"{self.manifest.quarantined} videos left out, see {storage.join(url, shards.QUARANTINE)}"
+        yield f"version {self.manifest.version}"
 
 
 @dataclass(frozen=True)
@@ -138,70 +77,35 @@ class Packing:
     """Of a set that is there whole: nothing is left to do."""
 
 
-def parse_bytes(text: str) -> int:
-    """Read `1000000`, `256MB` or `1GiB` as bytes.
-
-    Raises:
-        DataError: it is none of these.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in _UNITS:
-        raise DataError(f"--shard-bytes {text!r}: a number of bytes is needed, such as 256000000, 256MB or 1GiB")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def make_plan(source: Source, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> Plan:
-    """Decide which video goes into which shard.
-
-    Videos of a split are ordered by a hash of their key, so that each shard is a mixture of classes, and cut where the next
-    one would make the shard larger than `shard_bytes`. A video larger than that has a shard of its own.
-
-    Args:
-        source: The data set.
-        folder: Its folder.
-        shard_bytes: Bound of a tar, bytes.
-
-    Raises:
-        DataError: too small a bound, or a file that is gone or empty.
-    """
-    if shard_bytes < LEAST_SHARD_BYTES:
-        raise DataError(f"--shard-bytes {shard_bytes}: at least {LEAST_SHARD_BYTES} (64KB); 256MB suits object storage")
-    parts = []
-    for split, videos in source.splits.items():
-        planned = sorted((_measure(video, Path(folder)) for video in videos), key=lambda p: _order(split, p.video.key))
-        for number, group in enumerate(_cut(planned, shard_bytes)):
-            parts.append(ShardPlan(shards.shard_name(split, number), split, tuple(group)))
-    facts = {
-        "version": _VERSION,
-        "dataset": source.dataset,
-        "classes": source.classes,
-        "shards": [asdict(part) for part in parts],
-    }
-    return Plan(source, tuple(parts), hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
-
-
-def prepare(source: Source, folder: str | Path, url: str, shard_bytes: int = SHARD_BYTES) -> Packing:
+def prepare(
+    source: Source, folder: str | Path, url: str, shard_bytes: int = SHARD_BYTES, transcode: TranscodeConfig | None = None
+) -> Packing:
     """Plan a set and look at where it goes; needs no Ray and writes nothing.
 
     Args:
         source: What `data.layouts.read_layout` gave for `folder`.
         folder: Of the videos; every machine of the cluster sees it under this path.
         url: Where the set goes: a folder (seen by every machine) or `s3://bucket/prefix`.
-        shard_bytes: Bound of a tar, bytes.
+        shard_bytes: Bound of a tar, bytes; of the videos before they are transcoded.
+        transcode: Form that videos are brought into; `None`: they stay as they are.
 
     Raises:
-        DataError: too small a bound, a missing file, or a place that holds another set.
+        DataError: too small a bound, a missing file, no encoder, no room, or a place that holds another set.
         StorageError: a place that cannot be written.
     """
     fs, root = storage.open_storage(url)
     local = isinstance(fs, pafs.LocalFileSystem)
     if not local:
         storage.check_storage(url)
-    plan = make_plan(source, folder, shard_bytes)
+    if transcode:
+        check_encoder()
+    plan = make_plan(source, folder, shard_bytes, transcode)
     finished = _finished(fs, root, plan)
     if not finished:
         storage.check_storage(url, write=True)
     records = {} if finished else _leftovers(fs, root, plan)
+    if local and not finished:
+        _check_room(root, plan, records)
     # A worker's working directory is not this process's.
     return Packing(plan, Path(folder).absolute(), root if local else url, records, finished)
 
@@ -211,10 +115,11 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
 
     Args:
         packing: What `prepare` gave.
-        on_progress: Called after each shard.
+        on_progress: Called after each shard, and every ten seconds between.
 
     Raises:
         DataError: a source that changes meanwhile or that a worker cannot see, a split of which no video decodes.
+        StorageError: no room is left; what is written stays.
     """
     plan, records = packing.plan, dict(packing.records)
     if packing.finished:
@@ -225,91 +130,31 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
             _count(progress, shard, records[shard.name])
     progress.bytes_before = progress.bytes
     todo = [shard for shard in plan.shards if shard.name not in records]
-    units = [(packing.place, str(packing.folder), shard, plan.digest) for shard in todo]
-    for number, record in run_tasks(_pack_shard, units):
+    board: Any = Board.remote() if todo else None  # type: ignore[attr-defined]
+    job = ShardJob(packing.place, str(packing.folder), plan.digest, plan.recipe.transcode, board)
+
+    def tell(ended: ShardPlan | None = None) -> None:
+        if ended is not None:
+            board.forget.remote(ended.name)
+        more = (0, 0)
+        with contextlib.suppress(RayError):  # its node may die: then there is less to tell
+            more = ray.get(board.total.remote(), timeout=BOARD_SECONDS)
+        if on_progress:
+            on_progress(progress.with_more(*more))
+
+    for number, record in run_tasks(write_shard, [(job, shard) for shard in todo], on_wait=tell):
         records[record.name] = record
         _count(progress, todo[number], record)
-        if on_progress:
-            on_progress(progress)
+        tell(todo[number])
     fs, root = storage.open_storage(packing.place)
-    return Packed(_finish(fs, root, plan, records), len(todo), len(packing.records))
+    with storage.told_when_full(packing.place, ROOM):
+        return Packed(_finish(fs, root, plan, records), len(todo), len(packing.records))
 
 
-def run_tasks(function: Callable[..., Any], units: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-    """Call a function once for each unit in Ray tasks of one CPU, a bounded number at a time.
-
-    Yields:
-        The unit's number and the function's result, as they come.
-
-    Raises:
-        ValueError: raised by the function, as it was raised there.
-        DataError: an error of a file or of the network, in words.
-    """
-    task = ray.remote(num_cpus=1, max_retries=3)(function)
-    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    pending: dict[Any, int] = {}
-    rest = iter(enumerate(units))
-    try:
-        while True:
-            while len(pending) < limit and (unit := next(rest, None)) is not None:
-                pending[task.remote(*unit[1])] = unit[0]
-            if not pending:
-                return
-            for ref in ray.wait(list(pending), num_returns=1)[0]:
-                yield pending.pop(ref), _result(ref)
-    finally:
-        _cancel(list(pending))
-
-
-def _cancel(refs: list[Any]) -> None:
-    """Stop tasks and fetch how they ended: Ray prints errors that nobody fetches."""
-    for ref in refs:
-        ray.cancel(ref)
-    for ref in ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)[0] if refs else ():
-        with contextlib.suppress(RayError, ValueError, OSError):
-            ray.get(ref)
-
-
-def _result(ref: Any) -> Any:
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, ValueError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise DataError(
-                f"a Ray task failed: {' '.join(str(cause).split())}; give the same command again to continue"
-            ) from None
-        raise
-
-
-# --- the plan ---
-
-
-def _measure(video: SourceVideo, folder: Path) -> PlannedVideo:
-    try:
-        return PlannedVideo(video, (folder / video.path).stat().st_size)
-    except OSError as error:
-        raise DataError(f"{folder / video.path}: {error.strerror}") from None
-
-
-def _order(split: str, key: str) -> bytes:
-    return hashlib.sha256(f"{split}/{key}".encode()).digest()
-
-
-def _cut(videos: Sequence[PlannedVideo], shard_bytes: int) -> Iterator[list[PlannedVideo]]:
-    group: list[PlannedVideo] = []
-    total = _END_OVERHEAD
-    for video in videos:
-        size = video.bytes + _MEMBER_OVERHEAD + 2 * len(video.video.text.encode())
-        if group and total + size > shard_bytes:
-            yield group
-            group, total = [], _END_OVERHEAD
-        group.append(video)
-        total += size
-    if group:
-        yield group
+def _count(progress: Progress, plan: ShardPlan, record: ShardRecord) -> None:
+    progress.bytes += plan.bytes
+    progress.videos += len(plan.videos)
+    progress.quarantined += len(record.quarantined)
 
 
 # --- what is there already ---
@@ -321,8 +166,9 @@ def _finished(fs: Any, root: str, plan: Plan) -> Manifest | None:
     manifest = shards.read_manifest(fs, root)
     if manifest.plan != plan.digest:
         raise DataError(
-            f"{root} holds another packed set ({manifest.dataset}, {sum(s.samples for s in manifest.splits.values())} samples),"
-            f" of another source or other options; give another URL, or remove that set first"
+            f"{root} holds another packed set ({manifest.dataset}, version {manifest.version},"
+            f" {sum(s.samples for s in manifest.splits.values())} samples), of another source or other options; a packed set is never"
+            f" changed: give another URL, or remove that set first"
         )
     return manifest
 
@@ -350,81 +196,14 @@ def _leftovers(fs: Any, root: str, plan: Plan) -> dict[str, ShardRecord]:
     return records
 
 
-# --- one shard ---
-
-
-def _pack_shard(url: str, folder: str, plan: ShardPlan, digest: str) -> ShardRecord:
-    """Write a shard and then its record; runs in a Ray task."""
-    fs, root = storage.open_storage(url, write=True)
-    quarantined: list[Quarantined] = []
-    with tempfile.TemporaryDirectory(prefix="vidfuse-pack-") as scratch:
-        tar = Path(scratch) / plan.name
-        with open(tar, "wb") as out:
-            shards.write_shard(out, _readable(Path(folder), plan, quarantined))
-        with open(tar, "rb") as written:
-            rows = shards.index_rows(written)
-            written.seek(0)
-            digest_of_tar = hashlib.file_digest(written, "sha256").hexdigest()
-        if rows:
-            storage.upload(fs, storage.join(root, plan.name), str(tar))
-        record = ShardRecord(
-            name=plan.name,
-            plan=digest,
-            bytes=tar.stat().st_size if rows else 0,
-            sha256=digest_of_tar if rows else "",
-            samples=rows,
-            quarantined=tuple(quarantined),
-        )
-    storage.write_bytes(fs, storage.join(root, shards.record_name(plan.name)), shards.dump_record(record))
-    return record
-
-
-def _readable(folder: Path, plan: ShardPlan, quarantined: list[Quarantined]) -> Iterator[tuple[SampleMeta, str, bytes]]:
-    """Samples of a shard; a video that does not decode whole is put into `quarantined` instead."""
-    for planned in plan.videos:
-        content = _read_video(folder, planned)
-        try:
-            yield _describe(planned.video, content), Path(planned.video.path).suffix.lower().lstrip("."), content
-        except decode.DecodeError as error:
-            video = planned.video
-            quarantined.append(Quarantined(split=plan.split, key=video.key, path=video.path, reason=str(error)))
-
-
-def _read_video(folder: Path, planned: PlannedVideo) -> bytes:
-    path = folder / planned.video.path
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise DataError(f"{path} was there when packing began, and is gone") from None
+def _check_room(root: str, plan: Plan, records: dict[str, ShardRecord]) -> None:
+    """Refuse a disk that cannot hold what is to be written; what transcoding will make is not known."""
+    free = shutil.disk_usage(root).free
+    needed = sum(part.bytes for part in plan.shards if part.name not in records)
+    if plan.recipe.transcode is None and needed > free:
         raise DataError(
-            f"the worker on {socket.gethostname()} cannot see the source folder {folder}; put the videos on storage that every"
-            f" machine of the cluster mounts under this path, or pack on a cluster of one machine"
-        ) from None
-    if len(content) != planned.bytes:
-        raise DataError(f"{path} had {planned.bytes} bytes when packing began and has {len(content)} now; let the source rest")
-    return content
-
-
-def _describe(video: SourceVideo, content: bytes) -> SampleMeta:
-    info = decode.probe(content)
-    return SampleMeta(
-        key=video.key,
-        label=video.label,
-        text=video.text,
-        duration=round(info.duration, 6),
-        frames=info.frames,
-        fps=round(info.fps, 6),
-        width=info.width,
-        height=info.height,
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-
-
-def _count(progress: Progress, plan: ShardPlan, record: ShardRecord) -> None:
-    progress.bytes += plan.bytes
-    progress.videos += len(plan.videos)
-    progress.quarantined += len(record.quarantined)
+            f"{root}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; free some, or give another URL"
+        )
 
 
 # --- the end ---
@@ -434,7 +213,7 @@ def _finish(fs: Any, root: str, plan: Plan, records: dict[str, ShardRecord]) -> 
     ordered = [records[part.name] for part in plan.shards]
     _check_written(fs, root, ordered)
     quarantined = tuple(video for record in ordered for video in record.quarantined)
-    quarantine = shards.Quarantine(videos=quarantined)
+    quarantine = shards.Quarantine(videos=quarantined + plan.source.absent)
     storage.write_bytes(fs, storage.join(root, shards.QUARANTINE), shards.dump_record(quarantine))
     splits = {}
     for split in plan.source.splits:
@@ -447,8 +226,9 @@ def _finish(fs: Any, root: str, plan: Plan, records: dict[str, ShardRecord]) -> 
         dataset=plan.source.dataset,
         classes=plan.source.classes,
         splits=splits,
-        quarantined=len(quarantined),
+        quarantined=len(quarantine.videos),
         plan=plan.digest,
+        recipe=plan.recipe,
     )
     storage.write_bytes(fs, storage.join(root, shards.MANIFEST), shards.dump_record(manifest))
     return manifest

@@ -1,0 +1,37 @@
+"""The plan of a packed set: a pure function of names, labels, sizes and options."""
+
+from __future__ import annotations
+
+import shutil
+
+from tests.support import make_ssv2, make_ucf101
+from vidfuse.config import TranscodeConfig
+from vidfuse.data.layouts import read_layout
+from vidfuse.data.planning import make_plan
+
+SHARD, OTHER = 64_000, 90_000
+
+
+def test_the_plan_is_a_function_of_names_labels_and_sizes(tmp_path):
+    folder = make_ssv2(tmp_path / "one", {"train": 24, "validation": 7, "test": 3})
+    shutil.copytree(folder, tmp_path / "two")
+    plan = make_plan(read_layout(folder), folder, SHARD)
+    again = make_plan(read_layout(tmp_path / "two"), tmp_path / "two", SHARD)
+    assert (plan.digest, plan.shards) == (again.digest, again.shards)
+    assert len(plan.shards) > 5
+    keys = [planned.video.key for shard in plan.shards for planned in shard.videos]
+    assert sorted(keys) == sorted(str(number) for number in range(1001, 1035))
+    assert keys != sorted(keys)
+    labels = [planned.video.label for planned in plan.shards[0].videos]
+    assert len(set(labels)) > 1, "a shard is a mixture of classes"
+    assert make_plan(read_layout(folder), folder, OTHER).digest != plan.digest
+    forms = [TranscodeConfig(), TranscodeConfig(short_side=240), TranscodeConfig(fps=12)]
+    assert len({plan.digest, *(make_plan(read_layout(folder), folder, SHARD, form).digest for form in forms)}) == 4
+
+
+def test_a_video_larger_than_a_shard_has_its_own(tmp_path):
+    make_ucf101(tmp_path)
+    big = tmp_path / "Yoga/v_Yoga_g01_c01.avi"
+    big.write_bytes(bytes(3 * SHARD))
+    plan = make_plan(read_layout(tmp_path), tmp_path, SHARD)
+    assert [p.video.key for p in next(s for s in plan.shards if s.bytes > SHARD).videos] == ["v_Yoga_g01_c01"]

@@ -1,0 +1,59 @@
+"""`python -m jobs.augment`: sheets of every kind from real videos, the draws being those that training makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import augment
+from tests import support
+from vidfuse.config import ConfigError, from_mapping, override
+from vidfuse.data.sheet import SHOWS, rows_of
+
+SETTINGS = ("data.size=32", "data.frames=4", "data.augment.rand_augment={}", "train.mixing={}")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(2):
+        (folder / f"{number}.mp4").write_bytes(support.make_video(20, seed=number))
+    return [str(folder / f"{number}.mp4") for number in range(2)]
+
+
+@pytest.mark.parametrize("show", SHOWS)
+def test_a_sheet_is_drawn(show, videos, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert augment.main([*videos, "--out", str(out), "--show", show, "--set", *SETTINGS]) == 0
+    rows = int(capsys.readouterr().out.split()[0])
+    with Image.open(out) as picture:
+        assert picture.width == 12 + 4 * 34 and picture.height > rows * 32 and picture.n_frames == 1
+    assert out.stat().st_size < 150_000
+
+
+def test_captions_have_the_parameters(videos):
+    config = override(from_mapping({}), list(SETTINGS))
+    contents = [Path(path).read_bytes() for path in videos]
+    draws = list(rows_of("draws", contents, config, draws=4))
+    assert all(row.caption.startswith("frames ") and "crop " in row.caption for row in draws)
+    assert "with the next" in draws[0].caption and "with the one above" in draws[1].caption
+    again = list(rows_of("draws", contents, config, draws=4))
+    assert all(np.array_equal(a.clip, b.clip) and a.caption == b.caption for a, b in zip(draws, again, strict=True))
+    captions = [row.caption for row in rows_of("time", contents, config)]
+    assert any("reverse 1.0: frames 17 12 7 2" in caption for caption in captions)
+
+
+def test_what_is_no_video_is_said(tmp_path, videos):
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"broken\.mp4: "):
+        augment.main([str(tmp_path / "broken.mp4"), "--out", str(tmp_path / "a.png")])
+    with pytest.raises(ConfigError, match=r"^none\.mp4: No such file or directory; give videos"):
+        augment.main(["none.mp4", "--out", str(tmp_path / "a.png")])
+
+
+def test_a_sheet_that_cannot_be_written_is_named(videos, tmp_path):
+    with pytest.raises(ConfigError, match=r"^.*none/a\.png: No such file or directory"):
+        augment.main([videos[0], "--out", str(tmp_path / "none/a.png")])

@@ -1,0 +1,43 @@
+"""The one config tree: what a run is, field by field, with units and bounds."""
+
+from vidfuse.config.augment import Augment, Blur, Erasing, Jitter, Mixing, RandAugment, Temporal
+from vidfuse.config.data import Curriculum, DataConfig, QualityConfig
+from vidfuse.config.model import Adapters, Component, Lora, ModelConfig, Option, Stream
+from vidfuse.config.pack import LayoutConfig, PackConfig, TranscodeConfig
+from vidfuse.config.section import ConfigError, Section
+from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrainConfig
+from vidfuse.config.tree import HARMLESS, Config, differences, from_mapping, override, read_file
+
+__all__ = [
+    "HARMLESS",
+    "Adapters",
+    "Augment",
+    "Blur",
+    "ClusterConfig",
+    "Component",
+    "Config",
+    "ConfigError",
+    "Curriculum",
+    "DataConfig",
+    "Erasing",
+    "EvaluateConfig",
+    "Jitter",
+    "LayoutConfig",
+    "Lora",
+    "Mixing",
+    "ModelConfig",
+    "Option",
+    "PackConfig",
+    "QualityConfig",
+    "RandAugment",
+    "RunConfig",
+    "Section",
+    "Stream",
+    "Temporal",
+    "TrainConfig",
+    "TranscodeConfig",
+    "differences",
+    "from_mapping",
+    "override",
+    "read_file",
+]

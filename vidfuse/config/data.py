@@ -1,0 +1,124 @@
+"""Fields of a packed set: how its clips are read and drawn, and what is asked of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vidfuse.config.augment import Augment
+from vidfuse.config.section import Section, check_range
+
+
+class Curriculum(Section):
+    """Easy videos first: an epoch draws from the easiest of them alone, and from more of them each epoch."""
+
+    difficulty: str
+    """CSV file (path or `s3://` URL) with the columns `key,value`: a number for each training sample, larger is harder."""
+    start: float = Field(0.3, gt=0, le=1)
+    """Share of the samples, the easiest, that the first epoch draws from."""
+    epochs: int = Field(10, ge=1)
+    """Epochs after which it draws from all of them; the share grows in a line until then."""
+
+
+class DataConfig(Section):
+    """Which packed set, and how its videos become clips."""
+
+    url: str | None = None
+    """Folder or `s3://` URL of a packed set (it holds `manifest.json`)."""
+    classes: int = Field(174, ge=2)
+    """Number of classes; must be the manifest's."""
+    train_split: str = "train"
+    """Split of the manifest that is trained on."""
+    validation_split: str = "validation"
+    """Split of the manifest that is scored after epochs."""
+    frames: int = Field(16, ge=1)
+    """Frames of a clip."""
+    size: int = Field(224, ge=16)
+    """Height and width of a clip, in pixels."""
+    sampling: Literal["uniform", "dense", "single"] = "uniform"
+    """`uniform`: one frame a TSN segment; `dense`: consecutive frames `stride` apart; `single`: one frame, repeated."""
+    stride: int = Field(2, ge=1)
+    """Distance of neighbouring frames under dense sampling, in frames."""
+    repeats: int = Field(1, ge=1)
+    """Clips of each training video in its micro batch, decoded once, with frames and crops of their own (repeated augmentation,
+    Hoffer et al. 2019, arXiv:1901.09335). Batches, steps and epochs count videos; memory and time grow with the clips."""
+    weighting: str | None = None
+    """How often each training sample is used in an epoch, which has as many uses as samples. `null`: once; `balanced`: each class equally
+    often; else a CSV file (path or `s3://` URL) with the columns `key,value`: weights."""
+    curriculum: Curriculum | None = None
+    """Easy samples first. `null`: all of them from the start."""
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the frame's area that a training crop takes."""
+    crop_aspect: tuple[float, float] = (0.75, 1.3333)
+    """Smallest and largest width : height of a training crop."""
+    flip: bool = False
+    """Whether training clips are mirrored left-right, half of them. Labels that name a side or a turn follow: `from left to right`
+    becomes the class `from right to left`; a clip whose mirrored class does not exist is not mirrored."""
+    augment: Augment = Augment()
+    """What else alters training clips."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Video decoder."""
+    block_bytes: int = Field(16 * 1024**2, ge=1)
+    """Decoded clips that one Ray Data task reads and gives as one block, in bytes; at least one micro batch."""
+    cpus_per_task: float = Field(0.5, gt=0)
+    """CPUs that one reading task asks of Ray."""
+    buffer_bytes: int = Field(4 * 1024**3, ge=1)
+    """Decoded clips that may wait between reading tasks and workers, all workers together, in bytes."""
+    prefetch_batches: int = Field(2, ge=0)
+    """Micro batches that a worker fetches ahead."""
+    unreadable_limit: float = Field(0.05, ge=0, le=1)
+    """Share of an epoch's videos that may be unreadable before the run is stopped."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataConfig:
+        check_range("crop_area", self.crop_area, 1.0)
+        check_range("crop_aspect", self.crop_aspect, 10.0)
+        fastest = self.augment.temporal.speed[1]
+        if self.sampling == "uniform" and fastest > 1:
+            raise ValueError(
+                f"augment.temporal.speed is at most 1 under sampling=uniform, which covers the video, given {fastest:g}"
+            )
+        return self
+
+
+class QualityConfig(Section):
+    """What `jobs.quality` calls a flaw of a packed set, and how many flaws it lets pass. Luma is 0 (black) to 255."""
+
+    duplicate_bits: float = Field(4.0, ge=0, le=8)
+    """Most bits, of 64, in which the hashes of two videos' frames may differ on average while the videos count as duplicates. The
+    time of finding them grows steeply with it."""
+    black_luma: float = Field(16.0, ge=0, le=255)
+    """Mean luma up to which a video without contrast is black."""
+    flat_contrast: float = Field(4.0, ge=0)
+    """Standard deviation of luma in a frame up to which a video is of one colour. Its hash says nothing: only equal bytes
+    make it a duplicate."""
+    static_motion: float = Field(0.5, ge=0)
+    """Mean change of luma between the frames that are looked at, up to which a video is static."""
+    least_side: int = Field(64, ge=1)
+    """Shorter side, in pixels, below which a video is tiny."""
+    outlier_deviations: float = Field(8.0, gt=0)
+    """Robust standard deviations (1.4826 x median absolute deviation) from its split's median beyond which a video is listed as an
+    outlier; outliers are never held against a threshold."""
+    min_class_samples: int = Field(2, ge=0)
+    """Training videos below which a class is named as poor."""
+    max_poor_classes: int | None = Field(0, ge=0)
+    """Poor classes that may be. `null`: any."""
+    max_class_imbalance: float | None = Field(None, ge=1)
+    """Training videos of the largest class over those of the smallest that has any. `null`: any."""
+    max_unreadable_share: float | None = Field(0.0, ge=0, le=1)
+    """Share of the videos that may not decode. `null`: any."""
+    max_quarantined_share: float | None = Field(0.05, ge=0, le=1)
+    """Share of the source's videos that packing may have left out. `null`: any."""
+    max_cross_split_duplicates: int | None = Field(0, ge=0)
+    """Videos that may have a duplicate in another split. `null`: any."""
+    max_duplicate_share: float | None = Field(0.01, ge=0, le=1)
+    """Share of a split's videos that may repeat another one of it. `null`: any."""
+    max_black_share: float | None = Field(0.0, ge=0, le=1)
+    """Share of the readable videos that may be black or of one colour. `null`: any."""
+    max_static_share: float | None = Field(0.01, ge=0, le=1)
+    """Share of the readable videos that may be static. `null`: any."""
+    max_tiny_share: float | None = Field(0.0, ge=0, le=1)
+    """Share of the readable videos that may be tiny. `null`: any."""
+    max_unseen_object_share: float | None = Field(None, ge=0, le=1)
+    """Share of the objects that validation's sentences name and those of training never do. `null`: any."""

@@ -1,0 +1,198 @@
+"""Lists of videos, a file a split: those of mmaction2, VideoMAE and the many repositories that came from them.
+
+A line is `path label` or `path total_frames label`, apart by spaces, commas or tabs, and a path may have spaces in it; the
+number of frames is not used, since frames are counted. Files are called `train*`, `val*`, `test*` (`.txt` or `.csv`, also with
+words before: `kinetics400_train_list_videos.txt`), in the folder itself, in `annotations/` or in `labels/`; of `..._split_N_...`
+those of the wanted number are read, and of `..._videos` and `..._rawframes` the former. A test list may be without labels.
+
+Paths are taken below the folder, below `videos/`, `videos_<split>/` or `<split>/`, or as they are where they are absolute; where
+lists name folders of frames (`path total_frames label`), the videos of those names are taken. Names of classes come from a list
+of classes; else they are their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vidfuse.config import LayoutConfig
+from vidfuse.data.annotations.files import (
+    SUFFIXES,
+    archive_advice,
+    class_file,
+    is_video,
+    read_classes,
+    read_lines,
+    text_files,
+    videos_below,
+)
+from vidfuse.data.annotations.source import SPLIT_NAMES, Source, SourceVideo, keys_of, leave_out, split_of
+from vidfuse.data.shards import VIDEO_SUFFIXES, DataError, Quarantined
+
+MOST_CLASSES = 100_000
+"""A larger label is taken for a mistake where no list of classes is given."""
+_TRIED = 20
+"""Entries of a list that are looked for to find the folder of its videos."""
+_UCF101 = re.compile(r"(train|test)list0[123]\.txt")
+_LINE = re.compile(r"(?P<path>.*?)(?:[\s,]+(?P<frames>\d+))?[\s,]+(?P<label>-?\d+)")
+
+
+class _Entry(NamedTuple):
+    line: int
+    path: str
+    columns: int
+    label: int | None
+
+
+def detect(folder: Path) -> bool:
+    """Whether the folder has a list of training videos."""
+    return any(split_of(file.stem) == "train" and _reads_as_list(file) for file in _candidates(folder))
+
+
+def read(folder: Path, options: LayoutConfig) -> Source:
+    """Read the lists.
+
+    Raises:
+        DataError: see `data.layouts.read_layout`.
+    """
+    files = _files(folder, options)
+    if "train" not in files:
+        raise DataError(f"{folder}: no list called train*.txt or train*.csv here, in annotations/ or in labels/")
+    entries = {split: list(_entries(file, split)) for split, file in files.items()}
+    names = class_file(folder, options.classes)
+    classes = read_classes(names) if names else _numbers(files, entries)
+    for split, listed in entries.items():
+        _check_labels(files[split], listed, len(classes), names)
+    there = videos_below(folder)
+    if not there and not any(entry.path.startswith("/") for listed in entries.values() for entry in listed):
+        raise DataError(f"{folder}: no videos ({SUFFIXES}); {archive_advice(folder) or 'unpack them there'}")
+    known = set(there)
+    found: dict[str, list[tuple[_Entry, str]]] = {}
+    absent: tuple[Quarantined, ...] = ()
+    for split, listed in entries.items():
+        place = _place(folder, split, listed, known)
+        paths = [(entry, _path(folder, place, entry, known)) for entry in listed]
+        missing = [(Path(entry.path).stem, entry.path) for entry, path in paths if path is None]
+        absent += leave_out(files[split], split, missing, listed=len(listed), share=options.allow_missing)
+        found[split] = [(entry, path) for entry, path in paths if path is not None]
+    keys = keys_of(dict.fromkeys(path for pairs in found.values() for _, path in pairs))
+    splits = {
+        split: tuple(SourceVideo(keys[path], path, e.label, "" if e.label is None else classes[e.label]) for e, path in pairs)
+        for split, pairs in found.items()
+    }
+    used: dict[str, int | float] = (
+        {"split_number": options.split_number} if any("split_" in file.stem for file in files.values()) else {}
+    )
+    return Source(folder.resolve().name, classes, splits, len(known - keys.keys()), absent, options=used)
+
+
+# --- files ---
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    return (file for file in text_files(folder, ".txt", ".csv") if not _UCF101.fullmatch(file.name))
+
+
+def _reads_as_list(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return b"youtube_id" not in content.readline(4096)
+
+
+def _files(folder: Path, options: LayoutConfig) -> dict[str, Path]:
+    groups: dict[str, list[Path]] = {}
+    for file in _candidates(folder):
+        number = re.search(r"split_?(\d)", file.stem)
+        split = split_of(re.sub(r"split_?\d", "", file.stem))
+        if split and (number is None or int(number[1]) == options.split_number):
+            groups.setdefault(split, []).append(file)
+    files = {}
+    for split, group in groups.items():
+        chosen = [file for file in group if not ("rawframes" in file.stem and len(group) > 1)]
+        if len(chosen) != 1:
+            raise DataError(
+                f"{folder}: {', '.join(str(file) for file in group)} are all lists of the split {split!r}; keep one"
+            )
+        files[split] = chosen[0]
+    return {split: files[split] for split in dict.fromkeys(SPLIT_NAMES.values()) if split in files}
+
+
+# --- lines ---
+
+
+def _entries(file: Path, split: str) -> Iterator[_Entry]:
+    first: _Entry | None = None
+    for number, line in read_lines(file):
+        entry = _entry(file, number, line, split)
+        first = first or entry
+        if entry.columns != first.columns:
+            raise DataError(
+                f"{file}: line {number} has {entry.columns} columns, line {first.line} has {first.columns}; 'path label' or"
+                f" 'path total_frames label' is needed throughout (one label a video)"
+            )
+        yield entry
+
+
+def _entry(file: Path, number: int, line: str, split: str) -> _Entry:
+    if split == "test" and is_video(line):
+        return _Entry(number, line, 1, None)
+    match = _LINE.fullmatch(line)
+    if match is None or not match["path"]:
+        column = len(line) - len(re.split(r"[\s,]+", line)[-1]) + 1
+        raise DataError(
+            f"{file}: line {number}, column {column}: {line[:120]!r}; 'path label' or 'path total_frames label' is needed, with the"
+            f" label a number from 0"
+        )
+    path, frames = match["path"], match["frames"]
+    if frames is not None and not is_video(path) and is_video(f"{path} {frames}"):
+        path, frames = f"{path} {frames}", None
+    return _Entry(number, path, 2 + (frames is not None), int(match["label"]))
+
+
+def _numbers(files: dict[str, Path], entries: dict[str, list[_Entry]]) -> tuple[str, ...]:
+    """Names of classes where no list tells them: their numbers."""
+    most = {split: max((e.label for e in listed if e.label is not None), default=-1) for split, listed in entries.items()}
+    for split, label in most.items():
+        if label >= MOST_CLASSES:
+            raise DataError(f"{files[split]}: label {label}; at most {MOST_CLASSES} classes are read, so this is no label")
+    if most["train"] < 1:
+        raise DataError(
+            f"{files['train']}: at least two classes are needed, labels 0 and 1; the largest label is {most['train']}"
+        )
+    return tuple(str(number) for number in range(most["train"] + 1))
+
+
+def _check_labels(file: Path, entries: Sequence[_Entry], classes: int, names: Path | None) -> None:
+    for entry in entries:
+        if entry.label is not None and not 0 <= entry.label < classes:
+            source = f"{names} has" if names else "the training list has"
+            raise DataError(
+                f"{file}: line {entry.line}: label {entry.label}, but {source} {classes} classes: 0 to {classes - 1} are allowed;"
+                f" correct it, or give the right list of classes with --classes"
+            )
+
+
+# --- paths ---
+
+
+def _place(folder: Path, split: str, entries: Sequence[_Entry], known: set[str]) -> str:
+    """The folder below which a list's paths are: the first in which one of its first entries is there."""
+    aliases = [name for name, meant in SPLIT_NAMES.items() if meant == split]
+    places = ["", "videos/", *(f"videos_{name}/" for name in aliases), *(f"{name}/" for name in aliases)]
+    tried = [entry for entry in entries if not entry.path.startswith("/")][:_TRIED]
+    return next((p for p in places for entry in tried if _path(folder, p, entry, known) is not None), "")
+
+
+def _path(folder: Path, place: str, entry: _Entry, known: set[str]) -> str | None:
+    path = entry.path if entry.path.startswith("/") else os.path.normpath(f"{place}{entry.path}")
+    if is_video(path):
+        return path if path in known or (folder / path).is_file() else None
+    named = next((video for suffix in VIDEO_SUFFIXES if (video := f"{path}.{suffix}") in known), None)
+    if named is None and (folder / path).is_dir():
+        raise DataError(
+            f"{folder / path} is a folder of frames; videos are packed: put {Path(path).name}.mp4 beside it, or encode it with"
+            f" ffmpeg -framerate 25 -i img_%05d.jpg"
+        )
+    return named

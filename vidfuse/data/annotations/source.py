@@ -1,0 +1,152 @@
+"""A data set before it is packed: its videos, classes and splits, as its annotations tell them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vidfuse.data.shards import DataError, Quarantined, check_key
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What files and folders call a split, and what it is called here."""
+SHOWN = 10
+"""Names of a long list that a message has."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceVideo:
+    """A video as its data set lists it."""
+
+    key: str
+    """Name of the sample: the file's name without its suffix, where that is unique and allowed."""
+    path: str
+    """Below the source's folder, with forward slashes; an absolute one where a list has it."""
+    label: int | None
+    """Class; `None` where the split has no labels."""
+    text: str
+    """SSv2: the sentence (empty without labels); else: the class name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before it is packed."""
+
+    dataset: str
+    classes: tuple[str, ...]
+    """Names, in the order of their numbers."""
+    splits: dict[str, tuple[SourceVideo, ...]]
+    """Videos in the order of the lists."""
+    unlisted: int
+    """Videos in the folder that no list names; they are not packed."""
+    absent: tuple[Quarantined, ...] = ()
+    """Videos that a list names and that are not there, as far as that was allowed."""
+    layout: str = ""
+    """Which layout it was read as."""
+    options: dict[str, int | float] = field(default_factory=dict)
+    """Options that decided which video is in which split."""
+
+
+def split_of(name: str) -> str | None:
+    """The split that the name of a file or folder tells (`kinetics400_val_list.txt`: validation); `None`: none.
+
+    The first of its words that begins like the name of a split counts.
+    """
+    for word in re.split(r"[^a-z0-9]+", name.lower()):
+        for start, split in sorted(SPLIT_NAMES.items(), key=lambda item: -len(item[0])):
+            if re.fullmatch(rf"{start}(list|split|set)?\d*", word):
+                return split
+    return None
+
+
+def leave_out(
+    file: Path, split: str, absent: Sequence[tuple[str, str]], *, listed: int, share: float
+) -> tuple[Quarantined, ...]:
+    """Records of videos that a list names and that are not there.
+
+    Args:
+        file: The list.
+        split: Its split.
+        absent: Key and name as listed, each.
+        listed: Videos of the list.
+        share: Of a list that may be absent.
+
+    Raises:
+        DataError: more are.
+    """
+    if len(absent) > share * listed:
+        names = [name for _, name in absent]
+        raise DataError(
+            f"{file} names {len(absent)} of {listed} videos that are not there: {shown(names)};"
+            f" unpack all parts of the data set, remove them from the list, or leave them out with"
+            f" --allow-missing {min(0.99, len(absent) / listed + 0.005):.2f}"
+        )
+    return tuple(Quarantined(split=split, key=key, path=name, reason="not in the source folder") for key, name in absent)
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def label_of(name: str, numbers: dict[str, int], where: str) -> int:
+    """The number of a class.
+
+    Raises:
+        DataError: the class list has no such name; the message starts with `where`.
+    """
+    if name not in numbers:
+        raise DataError(
+            f"{where}: class {name!r} is not in the list of {len(numbers)} classes ({shown(list(numbers))}); correct it, or"
+            f" the list of classes"
+        )
+    return numbers[name]
+
+
+def keys_of(paths: Iterable[str]) -> dict[str, str]:
+    """A sample's key for each path: the name without its suffix, or where that is not unique or not allowed, made from the path."""
+    stems = {path: Path(path).stem for path in paths}
+    counts = Counter(stems.values())
+    return {path: stem if counts[stem] == 1 and _allowed(stem) else _made_key(path) for path, stem in stems.items()}
+
+
+def _allowed(key: str) -> bool:
+    try:
+        check_key(key)
+    except DataError:
+        return False
+    return True
+
+
+def _made_key(path: str) -> str:
+    words = re.sub(r"[^A-Za-z0-9]+", "_", str(Path(path).with_suffix("")))
+    return f"{words[-60:]}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
+def check_videos(source: Source) -> None:
+    """Check that each split has videos, and each video one split.
+
+    Raises:
+        DataError: it is not so.
+    """
+    seen: dict[str, str] = {}
+    twice: list[str] = []
+    for split, videos in source.splits.items():
+        if not videos:
+            raise DataError(f"split {split!r} of {source.dataset} lists no videos; remove its file, or fill it")
+        for video in videos:
+            if check_key(video.key) in seen:
+                where = f"twice in {split}" if seen[video.key] == split else f"in {seen[video.key]} and in {split}"
+                twice.append(f"video {video.key} is listed {where}")
+            seen[video.key] = split
+    if twice:
+        more = f" (and {len(twice) - 1} more such)" if len(twice) > 1 else ""
+        raise DataError(f"{twice[0]}{more}; a video is in one split, once")

@@ -1,0 +1,90 @@
+"""Something-Something-V2 (Goyal et al. 2017, arXiv:1706.04261), as it is distributed.
+
+`labels/{labels,train,validation,test}.json`, the same files in the folder itself, or `something-something-v2-*.json` of older
+releases; videos `<id>.webm` beside them or in `20bn-something-something-v2/`. Templates have [brackets], those of `labels.json`
+none. The test split is unlabelled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vidfuse.config import LayoutConfig
+from vidfuse.data.annotations.files import by_stem, find, read_json, videos_below
+from vidfuse.data.annotations.source import Source, SourceVideo, label_of, leave_out
+from vidfuse.data.shards import DataError, Quarantined
+
+_ANNOTATIONS = ("labels/{}.json", "{}.json", "something-something-v2-{}.json", "labels/something-something-v2-{}.json")
+_VIDEOS = ("20bn-something-something-v2", "videos", ".")
+
+
+def detect(folder: Path) -> bool:
+    """Whether the folder has this layout's list of classes."""
+    return _file(folder, "labels") is not None
+
+
+def read(folder: Path, options: LayoutConfig) -> Source:
+    """Read the annotations.
+
+    Raises:
+        DataError: see `data.layouts.read_layout`.
+    """
+    labels_file = _file(folder, "labels")
+    if labels_file is None:
+        raise DataError(f"{folder}: no {_ANNOTATIONS[0].format('labels')}; unpack the labels of Something-Something-V2 there")
+    classes = _classes(labels_file)
+    place = next(place for place in _VIDEOS if (folder / place).is_dir())
+    videos = by_stem(folder, place, videos_below(folder, place, depth=0))
+    numbers = {name: number for number, name in enumerate(classes)}
+    splits: dict[str, tuple[SourceVideo, ...]] = {}
+    absent: tuple[Quarantined, ...] = ()
+    for split in ("train", "validation", "test"):
+        file = _file(folder, split)
+        if file is None:
+            continue
+        entries = _entries(file)
+        missing = [(key, key) for entry in entries if (key := str(entry["id"])) not in videos]
+        absent += leave_out(file, split, missing, listed=len(entries), share=options.allow_missing)
+        there = [entry for entry in entries if str(entry["id"]) in videos]
+        splits[split] = tuple(_video(file, split, entry, numbers, videos[str(entry["id"])]) for entry in there)
+    if "train" not in splits:
+        raise DataError(f"{folder}: no train.json beside {labels_file.name}; unpack all annotations")
+    unlisted = len(videos) - len({v.key for s in splits.values() for v in s})
+    return Source("something-something-v2", classes, splits, unlisted, absent)
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    return find(folder, (place.format(name) for place in _ANNOTATIONS))
+
+
+def _classes(file: Path) -> tuple[str, ...]:
+    content = read_json(file)
+    try:
+        numbered = {int(number): _plain(name) for name, number in content.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise DataError(f'{file}: an object {{"class": "number", ...}} is needed') from None
+    if len(numbered) != len(content) or sorted(numbered) != list(range(len(content))) or len(content) < 2:
+        raise DataError(f"{file}: the classes' numbers are 0 to {len(content) - 1}, each once, and at least two")
+    return tuple(numbered[number] for number in range(len(content)))
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    content = read_json(file)
+    if not isinstance(content, list) or not all(isinstance(entry, dict) and "id" in entry for entry in content):
+        raise DataError(f'{file}: a list of objects with "id" is needed')
+    return content
+
+
+def _video(file: Path, split: str, entry: dict[str, Any], numbers: dict[str, int], path: str) -> SourceVideo:
+    key, template = str(entry["id"]), entry.get("template")
+    if template is None:
+        if split != "test":
+            raise DataError(f'{file}: video {key} has no "template"; only the test split is without labels')
+        return SourceVideo(key, path, None, "")
+    name = _plain(str(template))
+    return SourceVideo(key, path, label_of(name, numbers, f"{file}: video {key}"), str(entry.get("label", name)))
+
+
+def _plain(template: str) -> str:
+    return template.replace("[", "").replace("]", "")

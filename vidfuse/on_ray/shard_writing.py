@@ -1,0 +1,146 @@
+"""One shard of a packed set, written by a Ray task.
+
+Comes in: the shard's plan, the folder of the videos, the place of the set. Goes out: the tar and then its record, on the place. A
+task holds one video in memory and one shard on its disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidfuse.config import TranscodeConfig
+from vidfuse.data import decode, shards, tars, transcode
+from vidfuse.data.annotations.source import SourceVideo
+from vidfuse.data.decode import VideoInfo
+from vidfuse.data.planning import PlannedVideo, ShardPlan
+from vidfuse.data.shards import DataError, Quarantined, SampleMeta, ShardRecord
+from vidfuse.on_ray import storage
+
+NOTE_SECONDS = 2.0
+"""Between two notes of how far a shard is."""
+ROOM = " or raise the quota"
+"""What helps where a set's place is full."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What all shards of a set have in common."""
+
+    place: str
+    """URL or absolute folder of the set."""
+    folder: str
+    """Of the videos."""
+    digest: str
+    """Of the plan."""
+    form: TranscodeConfig | None
+    """What videos are brought into."""
+    board: Any = None
+    """Handle of a `tasks.Board`."""
+
+
+def write_shard(job: ShardJob, plan: ShardPlan) -> ShardRecord:
+    """Write a shard and then its record.
+
+    Raises:
+        DataError: the videos are not there or have changed.
+        StorageError: there is no room left.
+        OSError: they, or the place, cannot be read or written.
+    """
+    fs, root = storage.open_storage(job.place, write=True)
+    quarantined: list[Quarantined] = []
+    with tempfile.TemporaryDirectory(prefix="vidfuse-pack-") as scratch:
+        tar = Path(scratch) / plan.name
+        here = f"the scratch folder {Path(scratch).parent} of {socket.gethostname()}"
+        with storage.told_when_full(here, " (or set TMPDIR)"):
+            rows, digest = _write_tar(tar, _samples(job, plan, quarantined))
+        record = ShardRecord(
+            name=plan.name,
+            plan=job.digest,
+            bytes=tar.stat().st_size if rows else 0,
+            sha256=digest if rows else "",
+            samples=rows,
+            quarantined=tuple(quarantined),
+        )
+        with storage.told_when_full(job.place, ROOM):
+            if rows:
+                storage.upload(fs, storage.join(root, plan.name), str(tar))
+            storage.write_bytes(fs, storage.join(root, shards.record_name(plan.name)), shards.dump_record(record))
+    return record
+
+
+def _write_tar(tar: Path, samples: Iterator[tuple[SampleMeta, str, bytes]]) -> tuple[tuple[shards.IndexRow, ...], str]:
+    with open(tar, "wb") as out:
+        tars.write_shard(out, samples)
+    with open(tar, "rb") as written:
+        rows = tars.index_rows(written)
+        written.seek(0)
+        return rows, hashlib.file_digest(written, "sha256").hexdigest()
+
+
+def _samples(job: ShardJob, plan: ShardPlan, quarantined: list[Quarantined]) -> Iterator[tuple[SampleMeta, str, bytes]]:
+    """Samples of a shard; a video that does not decode whole is put into `quarantined` instead."""
+    note = _noting(job, plan)
+    done = 0
+    for number, planned in enumerate(plan.videos, start=1):
+        video = planned.video
+        source = _read_video(Path(job.folder), planned)
+        try:
+            content, info = transcode.into_form(source, job.form) if job.form else (source, decode.probe(source))
+        except decode.DecodeError as error:
+            quarantined.append(Quarantined(split=plan.split, key=video.key, path=video.path, reason=str(error)))
+        else:
+            suffix = Path(video.path).suffix.lower().lstrip(".") if content is source else transcode.SUFFIX
+            yield _describe(video, info, content, source), suffix, content
+        done += planned.bytes
+        note(number, done)
+
+
+def _noting(job: ShardJob, plan: ShardPlan) -> Callable[[int, int], None]:
+    """What tells the board now and then how far the shard is."""
+    last = time.monotonic()
+
+    def note(videos: int, size: int) -> None:
+        nonlocal last
+        if job.board is not None and time.monotonic() - last >= NOTE_SECONDS:
+            last = time.monotonic()
+            job.board.note.remote(plan.name, videos, size)
+
+    return note
+
+
+def _read_video(folder: Path, planned: PlannedVideo) -> bytes:
+    path = folder / planned.video.path
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise DataError(f"{path} was there when packing began, and is gone") from None
+        raise DataError(
+            f"the worker on {socket.gethostname()} cannot see the source folder {folder}; put the videos on storage that every"
+            f" machine of the cluster mounts under this path, or pack on a cluster of one machine"
+        ) from None
+    if len(content) != planned.bytes:
+        raise DataError(f"{path} had {planned.bytes} bytes when packing began and has {len(content)} now; let the source rest")
+    return content
+
+
+def _describe(video: SourceVideo, info: VideoInfo, content: bytes, source: bytes) -> SampleMeta:
+    return SampleMeta(
+        key=video.key,
+        label=video.label,
+        text=video.text,
+        duration=round(info.duration, 6),
+        frames=info.frames,
+        fps=round(info.fps, 6),
+        width=info.width,
+        height=info.height,
+        sha256=hashlib.sha256(content).hexdigest(),
+        source_sha256=None if content is source else hashlib.sha256(source).hexdigest(),
+    )
