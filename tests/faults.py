@@ -24,7 +24,8 @@ from vidfuse.train.errors import DamageError
 OUTAGE_SECONDS = 20
 REFUSING_SECONDS = 60
 READER_TITLE = re.compile(r"ray::.*Read")
-UNREADABLE = 2
+TRAIN, UNREADABLE = 96, 2
+"""Videos of the hurt set, and how many of them nothing can read."""
 
 
 class Store:
@@ -80,9 +81,9 @@ def place(folder: Path, size: int) -> Iterator[Place]:
         store.close()
 
 
-def hurt_set(url: str, source: Path, train: int) -> None:
+def hurt_set(url: str, source: Path) -> None:
     """Pack a set of small videos; then one of them is corrupt in its shard, and a shard is truncated within its last one."""
-    support.make_ssv2(source, {"train": train, "validation": 6})
+    support.make_ssv2(source, {"train": TRAIN, "validation": 6})
     done = support.run_job("pack", str(source), url, "--shard-bytes", "100kB")
     assert done.returncode == 0, done.stderr
     filesystem, root = open_storage(url)

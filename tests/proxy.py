@@ -15,7 +15,7 @@ from yarl import URL
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-authorization"}
 REFUSAL = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>Please reduce your request rate.</Message></Error>"
-CODES = {500: "InternalError", 503: "SlowDown"}
+CODES = {403: "QuotaExceeded", 500: "InternalError", 503: "SlowDown", 507: "InsufficientStorage"}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Faults:
     share: float = 0.0
     """Of the requests that meet a fault."""
     kinds: tuple[str, ...] = ("500", "503", "slow", "cut")
-    """`500`, `503`: refused with that status; `slow`: answered late; `cut`: the connection is closed within the answer."""
+    """`403`, `500`, `503`, `507`: refused with that status; `slow`: answered late; `cut`: the connection is closed within the answer."""
     only: tuple[str, str] = ("", "")
     """Method and part of the path of the requests that are meant; empty: any."""
     slow_seconds: float = 2.0
@@ -48,7 +48,7 @@ class Proxy:
         meant = method in ("", request.method) and part in request.raw_path and self._random.random() < faults.share
         kind = self._random.choice(faults.kinds) if meant else "passed"
         faults.done[kind] += 1
-        if kind in ("500", "503"):
+        if kind.isdigit():
             await request.read()
             return web.Response(status=int(kind), text=REFUSAL.format(code=CODES[int(kind)]), content_type="application/xml")
         if kind == "slow":

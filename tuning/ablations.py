@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vidfuse.config import Config, ConfigError, differences, from_mapping, override
 from vidfuse.data.shards import DataError
-from vidfuse.evaluate import comparison, figures
+from vidfuse.evaluate import comparison, drawing
 from vidfuse.on_ray import fit
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import StorageError, join, open_storage, write_bytes
@@ -233,7 +233,7 @@ def publish(ablation: Ablation, facts: Mapping[str, str]) -> None:
     entries = variants(ablation, found)
     chance = next((result["chance"] for result in found.values() if "chance" in result), None)
     filesystem, root = open_storage(ablation.url, write=True)
-    drawn = figures.png(comparison.picture(entries, figure=FIGURE, chance=chance))
+    drawn = drawing.png(comparison.picture(entries, figure=FIGURE, chance=chance))
     write_bytes(filesystem, join(root, "table.png"), drawn)
     write_bytes(filesystem, join(root, "table.md"), "\n".join(_page(ablation, entries, chance, facts)).encode())
     write_bytes(filesystem, join(root, "table.json"), json.dumps(_tree(ablation, found, facts), indent=1).encode())

@@ -15,12 +15,14 @@ import torch
 from vidfuse.config import from_mapping
 from vidfuse.data.batch import Batch
 from vidfuse.data.sampling import World
+from vidfuse.models.recognizer import frozen_digest
 from vidfuse.on_ray.storage import open_storage
 from vidfuse.train import checkpoint
 from vidfuse.train.engine import build_engine
 from vidfuse.train.keeper import Keeper
+from vidfuse.train.loss import cross_entropy
+from vidfuse.train.model import model_of
 from vidfuse.train.optim import parameter_groups
-from vidfuse.train.run import model_of
 from vidfuse.train.shelf import Shelf
 from vidfuse.train.step import train_step
 from vidfuse.train.worker import LocalWorker
@@ -47,15 +49,16 @@ def test_a_checkpoint_stands_in_the_way_for_its_disk_only(s3, tmp_path):
     train = config.train
     worker, world = LocalWorker(tmp_path / "run"), World(1, 0, train.global_batch, train.micro_batch)
     model = model_of(config)
+    frozen = frozen_digest(model)
     engine = build_engine(model, parameter_groups(model), train, world, torch.device("cpu"))
     clips = torch.randint(0, 255, (4, 8, 3, 64, 64), dtype=torch.uint8)
     batch = Batch(clips, torch.arange(4), torch.ones(4), torch.arange(4))
-    state = checkpoint.State(config.model_dump(mode="json"), "bench", "bench", {}, 1)
+    state = checkpoint.State(config.model_dump(mode="json"), "bench", "bench", frozen, 1)
     keeper = Keeper(Shelf(*open_storage(s3.url("bench"))), machine=worker.machine, in_place=False, publish=worker.publish)
 
     def step() -> float:
         start = time.perf_counter()
-        train_step(engine, (batch,), train, world, seed=0, step=0, stop=False)
+        train_step(engine, (batch,), train, world, loss=cross_entropy, seed=0, step=0, stop=False)
         return time.perf_counter() - start
 
     def save(*, wait: bool) -> float:
@@ -77,6 +80,7 @@ def test_a_checkpoint_stands_in_the_way_for_its_disk_only(s3, tmp_path):
         behind.append(time.perf_counter() - start)
         keeper.settle()
         rows.append((stall, save(wait=True)))
+    keeper.close(at_most_seconds=60)
     engine.destroy()
     ratios = [ours / waited for ours, waited in rows]
     print(

@@ -22,7 +22,7 @@ import torch
 from vidfuse.models.recognizer import checkpoint_activations
 from vidfuse.presets import get
 from vidfuse.train.loss import cross_entropy
-from vidfuse.train.run import model_of
+from vidfuse.train.model import model_of
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 GOALS = {"ssv2_gasm_cast": 0.7, "ssv2_cast": 0.3}

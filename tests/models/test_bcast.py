@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidfuse.models import select
+from vidfuse.models.attention import Attention
 from vidfuse.models.exchange import BottleneckExchange, attend_in, windows_along
-from vidfuse.models.layers import Attention, encode_positions, frame_positions, grid_positions
+from vidfuse.models.layers import encode_positions, frame_positions, grid_positions
 from vidfuse.models.parts import Tokens
 
 WIDTHS = {"semantic": 10, "motion": 14}

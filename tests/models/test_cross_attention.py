@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from vidfuse.models import select
-from vidfuse.models.layers import Attention, encode_positions, grid_positions
+from vidfuse.models.attention import Attention
+from vidfuse.models.layers import encode_positions, grid_positions
 from vidfuse.models.parts import Tokens
 
 WIDTHS = {"semantic": 10, "motion": 14}

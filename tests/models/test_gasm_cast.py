@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidfuse.models import select
+from vidfuse.models.attention import Attention
 from vidfuse.models.exchange import windows_along
 from vidfuse.models.fusion.gasm_cast import GraphAttention
-from vidfuse.models.layers import Attention, frame_positions, grid_positions
+from vidfuse.models.layers import frame_positions, grid_positions
 from vidfuse.models.parts import Tokens
 
 WIDTHS = {"semantic": 12, "motion": 8}

@@ -19,8 +19,8 @@ from vidfuse.models.recognizer import (
     trainable_state,
 )
 from vidfuse.presets import get
+from vidfuse.train.model import model_of
 from vidfuse.train.optim import parameter_groups
-from vidfuse.train.run import model_of
 
 VIT = {"name": "vit", "options": {"depth": 2, "frame_stride": 2}}
 MAE = {"name": "videomae", "options": {"variant": "vits16", "depth": 2}}

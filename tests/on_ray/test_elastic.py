@@ -65,6 +65,26 @@ def unbroken(config: Config, steps: int, folder: Path) -> list[float]:
     return losses(folder)
 
 
+@pytest.mark.slow
+def test_prepared_processes_take_over(cluster, config, tmp_path):
+    """New workers are the processes that stood by on their nodes, and others stand by in their place: as many, no more."""
+    with Training(override(config, ["run.name=standby"]), cluster.address, tmp_path) as training:
+        for number in (1, 2):
+            training.wait_for_step(3 * number, tries=number, workers=2)
+            ready = {
+                node: training.wait_for("one that stands by", lambda _, n=node: cluster.standing_by(n))
+                for node in cluster.nodes
+            }
+            assert all(len(pids) == 1 for pids in ready.values())
+            cluster.kill_worker(cluster.nodes[0])
+            training.wait_for(
+                "the next try", lambda entries, n=number: entries[-1]["try"] > n and entries[-1]["kind"] != "start"
+            )
+            assert {node: [worker.pid for worker in cluster.workers(node)] for node in cluster.nodes} == ready
+        training.stop()
+        training.end()
+
+
 def test_a_run_shrinks_when_a_node_dies_grows_when_one_comes_and_loses_nothing(cluster, config, tmp_path):
     with Training(override(config, ["run.name=elastic"]), cluster.address, tmp_path) as training:
         training.wait_for_step(4)

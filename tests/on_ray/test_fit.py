@@ -11,11 +11,12 @@ import pytest
 from tests import support
 from vidfuse.config import from_mapping, override
 from vidfuse.data.layouts import read_layout
+from vidfuse.data.shards import DataError, read_manifest
 from vidfuse.on_ray import fit
-from vidfuse.on_ray.judge import judge, publish
+from vidfuse.on_ray.judge import judge, judge_together, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.on_ray.storage import join, read_bytes, write_bytes
+from vidfuse.on_ray.storage import join, open_storage, read_bytes, write_bytes
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.shelf import FILES
 
@@ -98,8 +99,11 @@ def test_a_run_leaves_its_records(whole):
     for name in ("report.html", "result.json", "run.json", "metrics.jsonl", "config.yaml"):
         assert read_bytes(folder.filesystem, join(folder.root, name))
     assert json.loads(read_bytes(folder.filesystem, join(folder.root, "run.json")))["git_revision"] == "test"
+    manifest = read_manifest(*open_storage(config.data.url))
+    assert json.loads(read_bytes(folder.filesystem, join(folder.root, "run.json")))["packed set"].endswith(manifest.version)
     record = folder.checkpoints()
     state = folder.state(record["last"])
+    assert result["packed_version"] == state.manifest == manifest.version
     assert (state.step, state.epoch, state.ledger["used"]) == (6, 2, {})
     assert record["best"] in record["scores"]
 
@@ -143,6 +147,7 @@ def flip(folder, path):
     write_bytes(folder.filesystem, join(folder.root, path), bytes(content))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_in_training_and_in_scoring(whole, config, caplog):
     """One flipped bit in rank 1's optimizer state: the one before is used, said in the records, and the losses are the same."""
     damaged = override(config, ["run.name=damaged", "train.keep_checkpoints=9"])
@@ -208,3 +213,18 @@ def test_scoring_counts_every_video_and_writes_a_report(whole, tmp_path):
     single = judge(folder, folder.config(), "best", facts={})
     best = folder.checkpoints()
     assert single.scores.top1.value == best["scores"][best["best"]]  # one view is what validation saw
+
+
+def test_an_ensemble_with_mirrored_views_is_published_beside_its_first_run(whole, tmp_path):
+    """Of a run with itself, so that its answers are those of the run alone."""
+    config, *_ = whole
+    folder = RunFolder.at(join(config.run.storage, "whole"))
+    mirrored = override(folder.config(), ["evaluate.flip=true", "evaluate.mean=logits"])
+    alone = judge(folder, mirrored, "best", facts={})
+    both = judge_together([(folder, mirrored), (folder, mirrored)], "best", facts={})
+    assert both.scored.probabilities == pytest.approx(alone.scored.probabilities, abs=1e-5)
+    assert publish(both, folder, tmp_path).endswith("evaluate/validation-with-whole")
+    result = folder.json("evaluate/validation-with-whole/result.json")
+    assert result["ensemble"] == ["whole", "whole"] and (result["flip"], result["mean"]) == (True, "logits")
+    with pytest.raises(DataError, match="is not of the packed set and split"):
+        judge_together([(folder, mirrored), (folder, override(mirrored, ["evaluate.split=train"]))], "best", facts={})

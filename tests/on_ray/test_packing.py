@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support import make_ssv2, make_ucf101, make_video
+from tests.proxy import proxy
+from tests.support import make_ssv2, make_ucf101, make_video, write_json
+from vidfuse.config import LayoutConfig, TranscodeConfig
 from vidfuse.data import shards
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray import packing, storage
 from vidfuse.on_ray.checking import check
+from vidfuse.on_ray.shard_writing import ShardJob, write_shard
+from vidfuse.on_ray.storage import StorageError
+from vidfuse.on_ray.tasks import Board, Progress, run_tasks
 
 SHARD, OTHER = 64_000, 90_000
 
@@ -42,44 +51,6 @@ def pack(folder: Path, url: str, shard_bytes: int = SHARD) -> packing.Packed:
 def contents(url: str) -> dict[str, bytes]:
     fs, root = storage.open_storage(url)
     return {name: storage.read_bytes(fs, storage.join(root, name)) for name in storage.list_files(fs, root)}
-
-
-# --- the plan (no Ray) ---
-
-
-def test_the_plan_is_a_function_of_names_labels_and_sizes(folder, own_folder):
-    plan = packing.make_plan(read_layout(folder), folder, SHARD)
-    again = packing.make_plan(read_layout(own_folder), own_folder, SHARD)
-    assert (plan.digest, plan.shards) == (again.digest, again.shards)
-    assert len(plan.shards) > 5
-    keys = [planned.video.key for shard in plan.shards for planned in shard.videos]
-    assert sorted(keys) == sorted(str(number) for number in range(1001, 1035))
-    assert keys != sorted(keys)
-    labels = [planned.video.label for planned in plan.shards[0].videos]
-    assert len(set(labels)) > 1, "a shard is a mixture of classes"
-    assert packing.make_plan(read_layout(folder), folder, OTHER).digest != plan.digest
-
-
-def test_a_video_larger_than_a_shard_has_its_own(tmp_path):
-    make_ucf101(tmp_path)
-    big = tmp_path / "Yoga/v_Yoga_g01_c01.avi"
-    big.write_bytes(bytes(3 * SHARD))
-    plan = packing.make_plan(read_layout(tmp_path), tmp_path, SHARD)
-    assert [p.video.key for p in next(s for s in plan.shards if s.bytes > SHARD).videos] == ["v_Yoga_g01_c01"]
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("256MB", 256_000_000), ("1GiB", 1024**3), ("64kb", 64_000), ("123456", 123_456), ("1.5 MB", 1_500_000)],
-)
-def test_bytes_in_words(text, number):
-    assert packing.parse_bytes(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "MB", "-1MB", "3 apples", "1e6"])
-def test_bytes_that_are_none(text):
-    with pytest.raises(DataError, match="such as 256000000, 256MB or 1GiB"):
-        packing.parse_bytes(text)
 
 
 def test_a_bound_that_is_too_small(folder, tmp_path):
@@ -117,7 +88,7 @@ def test_the_set_holds_every_video_as_it_was(packed, folder):
             assert video == (folder / by_key[key].path).read_bytes()
             assert index.label[row] == (-1 if by_key[key].label is None else by_key[key].label)
             assert (index.width[row], index.height[row]) == (128, 96)
-    assert check(packed) == []
+    assert check(packed, "frames") == []
 
 
 @pytest.mark.s3
@@ -138,14 +109,18 @@ def test_a_finished_set_is_left_alone(packed, folder):
     before = contents(packed)
     again = pack(folder, packed)
     assert (again.written, again.already) == (0, True)
-    assert "nothing written" in next(again.lines(packed))
+    lines = list(again.lines(packed))
+    assert "nothing written" in lines[0]
+    assert lines[-1] == f"version {again.manifest.version}"
     assert contents(packed) == before
 
 
 @pytest.mark.s3
 @pytest.mark.ray
 def test_another_set_is_not_written_over(packed, folder):
-    with pytest.raises(DataError, match=r"holds another packed set .*give another URL"):
+    with pytest.raises(
+        DataError, match=r"holds another packed set .*version [0-9a-f]{16}.* is never changed: give another URL"
+    ):
         prepare(folder, packed, OTHER)
 
 
@@ -199,7 +174,7 @@ def test_videos_that_do_not_decode_are_left_out_named_and_counted(ray_cluster, o
     }
     assert all(video["reason"] for video in found)
     assert "cut off" in next(video["reason"] for video in found if video["key"] == "1002")
-    assert list(done.lines("u"))[-1] == "3 videos left out, see u/quarantine.json"
+    assert "3 videos left out, see u/quarantine.json" in done.lines("u")
     assert check(url) == []
     assert pack(own_folder, url).already
 
@@ -242,7 +217,8 @@ def test_a_source_that_changes_or_cannot_be_seen(ray_cluster, tmp_path):
             (lambda: folder.rename(tmp_path / "moved"), "cannot see the source folder .* mounts under this path"),
         )
     ):
-        ready = prepare(folder, str(tmp_path / f"set-{number}")) if video.exists() else ready
+        if video.exists():
+            ready = prepare(folder, str(tmp_path / f"set-{number}"))
         change()
         with pytest.raises(DataError, match=words):
             packing.pack(ready)
@@ -254,3 +230,165 @@ def test_a_task_that_cannot_reach_the_bucket_says_so(ray_cluster, s3, folder):
     ready = prepare(folder, s3.url("x"))
     with pytest.raises(DataError, match=r"a Ray task failed: .*no-such-bucket.*give the same command again to continue"):
         packing.pack(replace(ready, place="s3://no-such-bucket/x"))
+
+
+# --- transcoding ---
+
+
+def metas(url: str) -> dict[str, tuple[str, shards.SampleMeta, bytes]]:
+    """Suffix, meta data and bytes of each video of a set, by key."""
+    found = {}
+    for name, content in contents(url).items():
+        if name.endswith(".tar"):
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                files = {member.name: tar.extractfile(member).read() for member in tar}
+            for file in files:
+                key, _, suffix = file.partition(".")
+                if suffix != "json":
+                    meta = shards.parse_record(shards.SampleMeta, files[f"{key}.json"], "")
+                    found[key] = (suffix, meta, files[file])
+    return found
+
+
+@pytest.mark.ray
+def test_a_transcoded_set_says_how_it_was_made(ray_cluster, own_folder, tmp_path):
+    """Videos in the form already are copied; broken ones are left out by key."""
+    form = TranscodeConfig(short_side=64, gop=6)
+    videos = own_folder / "20bn-something-something-v2"
+    in_form = make_video(9, width=128, height=64, options={"g": "6"})
+    (videos / "1001.webm").unlink()
+    (videos / "1001.mp4").write_bytes(in_form)
+    (videos / "1002.webm").write_bytes((videos / "1002.webm").read_bytes()[:900])
+    url = str(tmp_path / "set")
+    packing.pack(packing.prepare(read_layout(own_folder), own_folder, url, SHARD, form))
+    fs, root = storage.open_storage(url)
+    manifest = shards.read_manifest(fs, root)
+    assert manifest.recipe.transcode == form
+    assert (manifest.quarantined, manifest.splits["train"].samples) == (1, 23)
+    found = metas(url)
+    assert found["1001"][1].source_sha256 is None and found["1001"][2] == in_form
+    sources = {path.stem: path for path in videos.iterdir()}
+    for key, (suffix, meta, content) in found.items():
+        assert (suffix, meta.height, meta.sha256) == ("mp4", 64, hashlib.sha256(content).hexdigest())
+        if key != "1001":
+            assert meta.source_sha256 == hashlib.sha256(sources[key].read_bytes()).hexdigest()
+    assert check(url, "frames") == []
+    other = manifest.recipe.model_copy(update={"transcode": TranscodeConfig(short_side=64, gop=5)})
+    (tmp_path / "set/manifest.json").write_bytes(shards.dump_record(manifest.model_copy(update={"recipe": other})))
+    assert len([fault for fault in check(url, "frames") if "not in the form that the manifest says" in fault]) > 20
+    (tmp_path / "set/manifest.json").write_bytes(shards.dump_record(manifest))
+    with pytest.raises(DataError, match="of another source or other options"):
+        prepare(own_folder, url)
+
+
+# --- left out, and no room ---
+
+
+@pytest.mark.ray
+def test_listed_videos_that_are_not_there_are_in_the_quarantine(ray_cluster, own_folder, tmp_path):
+    entries = json.loads((own_folder / "labels/train.json").read_text())
+    write_json(own_folder / "labels/train.json", [*entries, {**entries[0], "id": "7"}])
+    source = read_layout(own_folder, options=LayoutConfig(allow_missing=0.1))
+    done = packing.pack(packing.prepare(source, own_folder, str(tmp_path / "set"), SHARD))
+    assert done.manifest.quarantined == 1
+    (left_out,) = json.loads((tmp_path / "set/quarantine.json").read_text())["videos"]
+    assert left_out == {"split": "train", "key": "7", "path": "7", "reason": "not in the source folder"}
+    assert check(str(tmp_path / "set")) == []
+
+
+def job_of(ready: packing.Packing) -> ShardJob:
+    return ShardJob(ready.place, str(ready.folder), ready.plan.digest, ready.plan.recipe.transcode)
+
+
+def test_a_disk_that_is_too_small_is_told_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(DataError, match=r"GB are to be written, 0.0 GB are free; free some, or give another URL"):
+        prepare(folder, str(tmp_path / "set"))
+
+
+@pytest.mark.ray
+def test_a_disk_that_fills_up_in_the_middle(ray_cluster, folder, tmp_path, monkeypatch):
+    """What is written stays; with room again the same command goes on."""
+    ready = prepare(folder, str(tmp_path / "set"))
+    write_shard(job_of(ready), ready.plan.shards[0])
+    real = os.fsync
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        StorageError, match=r"set: no room left; free some or raise the quota, .*it continues, what is written stays"
+    ):
+        write_shard(job_of(ready), ready.plan.shards[1])
+    monkeypatch.setattr(os, "fsync", real)
+    assert sorted(file.name for file in (tmp_path / "set").iterdir()) == [
+        shards.record_name(ready.plan.shards[0].name), ready.plan.shards[0].name,
+    ]  # fmt: skip
+    done = pack(folder, str(tmp_path / "set"))
+    assert (done.kept, done.written) == (1, len(ready.plan.shards) - 1)
+
+
+def test_a_scratch_folder_that_is_full(folder, tmp_path, monkeypatch):
+    ready = prepare(folder, str(tmp_path / "set"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("vidfuse.data.tars.write_shard", full)
+    with pytest.raises(StorageError, match=r"the scratch folder .* of .*: no room left; free some \(or set TMPDIR\)"):
+        write_shard(job_of(ready), ready.plan.shards[0])
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("status", ["403", "507"])
+def test_a_bucket_that_is_full(s3, folder, monkeypatch, status):
+    ready = prepare(folder, s3.url("full"))
+    with proxy(s3.endpoint) as faulty:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
+        faulty.faults.share, faulty.faults.kinds, faulty.faults.only = 1.0, (status,), ("PUT", ".tar")
+        with pytest.raises(
+            StorageError, match=r"full-.*: no room left; free some or raise the quota, and give the same command"
+        ):
+            write_shard(job_of(ready), ready.plan.shards[0])
+        faulty.faults.share = 0.0
+        assert contents(ready.place) == {}
+
+
+# --- how far it is ---
+
+
+def test_progress_in_words():
+    progress = Progress(1000, 10, bytes=100, videos=1, bytes_before=100, quarantined=2)
+    assert progress.line().endswith(", 2 left out, eta unknown")
+    progress.started -= 10
+    more = progress.with_more(4, 100)
+    assert more.line() == "5/10 videos (20 %), 0.0 MB/s, 2 left out, eta 1 min 20 s"
+    assert (progress.videos, progress.bytes) == (1, 100)
+    progress.bytes_total = 10**6
+    assert progress.with_more(4, 100).line().endswith("eta 27 h 46 min")
+
+
+@pytest.mark.ray
+def test_units_that_are_under_way_are_counted(ray_cluster):
+    import time
+
+    import ray
+
+    board = Board.remote()
+    assert ray.get(board.total.remote()) == (0, 0)
+
+    def work(name: str) -> str:
+        for number in range(1, 11):
+            board.note.remote(name, number, 10 * number)
+            time.sleep(0.1)
+        return name
+
+    seen = []
+    ended = list(
+        run_tasks(work, [("a",), ("b",)], on_wait=lambda: seen.append(ray.get(board.total.remote())), wait_seconds=0.1)
+    )
+    assert sorted(ended) == [(0, "a"), (1, "b")]
+    assert seen == sorted(seen) and any(0 < videos < 20 and size == 10 * videos for videos, size in seen)
+    ray.get([board.forget.remote("a"), board.forget.remote("b")])
+    assert ray.get(board.total.remote()) == (0, 0)

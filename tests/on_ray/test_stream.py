@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +124,32 @@ def test_a_broken_video_costs_its_own_rows(s3, ray_cluster, packed, tmp_path):
     errors = [error for b in batches for error in b.errors]
     assert [(e.shard, e.key) for e in errors] == [(index.shards[index.shard[victim]], index.key[victim])]
     assert errors[0].reason
+
+
+@dataclass(frozen=True)
+class Stumbling(ClipReader):
+    """Its first readings of each part fail as a storage does, or as a process that is killed."""
+
+    marks: str = ""
+
+    def read(self, part):
+        mark = Path(self.marks) / str(int(part.videos[0].sample))
+        before = len(mark.read_bytes()) if mark.exists() else 0
+        mark.write_bytes(b"." * (before + 1))
+        if before == 0:
+            raise OSError("the storage went away")
+        if before == 1:
+            os._exit(1)
+        return super().read(part)
+
+
+def test_a_reading_task_that_fails_is_tried_again(packed, tmp_path):
+    config = feed_of(packed, 1, 0).config
+    reader = Stumbling(packed.filesystem, packed.root, config.data, 0, 1, 1, marks=str(tmp_path))
+    parts = list(parts_of(packed.indices["train"], np.arange(8), 4, epoch=0))
+    got = [columns["sample"] for columns in pull_through_ray(config.data, workers=1)(reader, parts, 4)]
+    assert np.concatenate(got).tolist() == list(range(8))
+    assert sorted(len(mark.read_bytes()) for mark in tmp_path.iterdir()) == [3, 3]
 
 
 def plasma_mib() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -14,6 +15,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.util import placement_group_table
 
 from vidfuse.on_ray.cleaner import is_alive
+from vidfuse.on_ray.recovery import answering
 from vidfuse.on_ray.trainer import Trainer
 
 pytestmark = pytest.mark.ray
@@ -28,7 +30,7 @@ def of_class(name: str) -> dict[str, int]:
     return {actor: row["Pid"] for actor, row in actors().items() if row["ActorClassName"] == name and row["State"] == "ALIVE"}
 
 
-def wait(condition, seconds: float = 30) -> float:
+def wait(condition, seconds: float = 90) -> float:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds
@@ -65,7 +67,7 @@ def test_a_killed_controller_leaves_no_placement_group(trainer):
     os.kill(pid, signal.SIGKILL)
     wait(lambda: groups() == before and not of_class("Cleaner"))
     assert not is_alive(controller)
-    thread.join(30)
+    thread.join(90)
     assert seen == ["ended"]
 
 
@@ -75,3 +77,10 @@ def test_a_training_that_has_ended_is_over(trainer):
     before = groups()
     trainer(0).fit()
     assert wait(lambda: groups() == before and not of_class("Cleaner"), 5) < 5
+
+
+def test_a_node_that_does_not_answer_is_noticed():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        there = listening.getsockname()[:2]
+        assert answering([]) and answering([there, there])
+    assert not answering([there])

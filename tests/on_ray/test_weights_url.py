@@ -26,7 +26,7 @@ from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import StorageError, join, open_storage, write_bytes
 from vidfuse.train.errors import RunError
-from vidfuse.train.run import model_of
+from vidfuse.train.model import model_of
 
 pytestmark = pytest.mark.s3
 TINY = {"frames": 4, "size": 32}

@@ -14,8 +14,8 @@ from vidfuse.models.recognizer import frozen_digest, trainable_state
 from vidfuse.on_ray import fit
 from vidfuse.train import plan
 from vidfuse.train.checkpoint import load_weights
+from vidfuse.train.model import model_of
 from vidfuse.train.optim import parameter_groups
-from vidfuse.train.run import model_of
 
 SETTINGS = [
     "model.semantic.name=videomae",
@@ -61,7 +61,7 @@ def test_losses_are_those_of_plain_training_on_one_worker(runs, variant, bound):
     assert max(alone) - min(alone) > 0.05, "the losses move"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_crash_leaves_no_trace(tmp_path, stage):
     """Bit for bit, with LoRA's dropout and activation checkpointing; what is saved is what was added, fusion and head."""
     settings = {"train__zero_stage": stage, "train__activation_checkpointing": True}

@@ -20,10 +20,10 @@ from vidfuse.train.average import Average, decay_at
 from vidfuse.train.checkpoint import load_weights
 from vidfuse.train.engine import build_engine, masters
 from vidfuse.train.errors import CheckpointError
+from vidfuse.train.model import model_of
 from vidfuse.train.optim import learning_rate, parameter_groups
 from vidfuse.train.plan import memory
 from vidfuse.train.record import read_metrics
-from vidfuse.train.run import model_of
 from vidfuse.train.validate import score
 from vidfuse.train.worker import LocalWorker
 

@@ -231,9 +231,9 @@ def altered(plan="memory", index="", count=21):
 @pytest.mark.parametrize(
     ("set_", "words"),
     [
-        (altered(plan="another"), "was trained on packed set memory, data.url holds another"),
-        (altered(index="f" * 64), "packed anew and its samples are in other places"),
-        (altered(count=50), "the ledger is of another manifest: train-00000.tar has 25 samples here"),
+        (altered(plan="another"), f"was trained on version {packed().manifest.version} of packed set 'memory', data.url holds"),
+        (altered(index="f" * 64), "its samples are others, or in other places"),
+        (altered(count=50), f"holds version {altered(count=50).manifest.version}"),
     ],
 )
 def test_another_set_is_refused(broken, set_, words):

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from jobs.cli import describe
 from tests.train.local import Job, config, execute, losses, packed, pull, relist
 from vidfuse.data.batch import SampleError
 from vidfuse.data.feed import Feed
@@ -47,9 +48,25 @@ def test_it_stops_when_validation_gains_no_more(tmp_path):
 def test_unreadable_videos_are_counted_and_named(tmp_path):
     settings = config(data__unreadable_limit=0.2)
     run_with(settings, tmp_path, broken_pull(7))
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = [line for line in lines if line["kind"] == "event"]
     assert [event["videos"] for event in events] == [3, 3]
     assert events[0]["names"] == ["train-00000.tar/0", "train-00000.tar/14", "train-00000.tar/7"]
+
+
+def test_unreadable_videos_show_while_training_goes_on(tmp_path):
+    settings = config(data__unreadable_limit=0.2)
+    run_with(settings, tmp_path, broken_pull(7))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for epoch in range(settings.train.epochs):
+        steps = [line for line in lines if line["kind"] == "train" and line["epoch"] == epoch]
+        lost = [round(step["unreadable_share"] * min(step["samples"] - 21 * epoch, 21), 3) for step in steps]
+        assert lost == sorted(lost) and lost[-1] == 3, "it grows inside an epoch and begins anew with the next"
+        assert len(steps[-1]["unreadable_last"]) == 3 and steps[-1]["unreadable_last"][0].startswith("train-00000.tar/")
+    event = {"epoch": 0, "epochs": 1, "step": 1, "steps": 2, "clips_per_second": 1.0, "data_wait_fraction": 0.0}
+    assert "unreadable" not in describe("run", event | {"unreadable_share": 0.0, "unreadable_last": []})
+    told = describe("run", event | {"unreadable_share": 0.0125, "unreadable_last": ["a.tar/b"]})
+    assert told.endswith("unreadable 1.2 % (last a.tar/b)")
 
 
 def test_too_many_unreadable_videos_end_the_run(tmp_path):

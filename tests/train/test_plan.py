@@ -7,8 +7,8 @@ from torch import nn
 
 from vidfuse.config import from_mapping
 from vidfuse.models.recognizer import Recognizer
+from vidfuse.train.model import model_of
 from vidfuse.train.plan import LiveBytes, activation_bytes, batch_lines, memory
-from vidfuse.train.run import model_of
 
 
 def config_of(**train):

@@ -11,7 +11,7 @@ from tests.train.local import CLASSES, Job, execute, losses
 from vidfuse.config import override
 from vidfuse.models.recognizer import trainable_state
 from vidfuse.presets import PRESETS, get, tiny
-from vidfuse.train.run import model_of
+from vidfuse.train.model import model_of
 
 LARGE = {"ucf101_timesformer", "ucf101_i3d", "ucf101_inception_i3d", "ucf101_mvit", "ucf101_swin3d"}
 """Twins of 10 to 35 million trained parameters: half a minute each, most of it in writing checkpoints."""
@@ -39,7 +39,7 @@ def test_a_twin_has_the_presets_fusion_and_networks(name):
         assert twin.model.motion.name == preset.model.motion.name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in NAMES])
 def test_a_twin_trains_and_resumes(name, stage, tmp_path):
     config = override(tiny(name), [*SMALL, f"train.zero_stage={stage}"])

@@ -15,8 +15,8 @@ from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.on_ray import fit
 from vidfuse.train.loop import run
+from vidfuse.train.model import model_of
 from vidfuse.train.plan import activation_bytes, batch_lines, memory
-from vidfuse.train.run import model_of
 from vidfuse.train.worker import LocalWorker
 
 FP32 = 1e-4

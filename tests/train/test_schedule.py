@@ -14,8 +14,8 @@ from vidfuse.config import ConfigError, override
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
 from vidfuse.models.recognizer import frozen_digest
+from vidfuse.train.model import model_of
 from vidfuse.train.optim import learning_rate, parameter_groups
-from vidfuse.train.run import model_of
 
 LATE = ["model.motion.train_from_epoch=1", "train.epochs=3"]
 

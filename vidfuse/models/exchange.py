@@ -17,7 +17,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vidfuse.models.layers import SAME_PLACE, Attention, encode_positions, ranks
+from vidfuse.models.attention import Attention
+from vidfuse.models.layers import SAME_PLACE, encode_positions, ranks
 
 Direction = Literal["both", "semantic_to_motion", "motion_to_semantic"]
 READERS: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -216,7 +217,7 @@ class BottleneckExchange(nn.Module):
         return encode_positions(positions * spanned, self.bottleneck, like.device).to(like.dtype)
 
 
-def _indices(values: Tensor) -> Int[Tensor, "N"]:
+def _indices(values: Tensor) -> Int[Tensor, " N"]:
     return torch.arange(len(values), device=values.device)
 
 
@@ -225,7 +226,7 @@ def _grouped(values: Tensor, index: Int[Tensor, "G n"]) -> Tensor:
     return rearrange(values[:, index], "B G ... -> (B G) ...")
 
 
-def _places(positions: Float[Tensor, "N A"]) -> tuple[Float[Tensor, "P A"], Int[Tensor, "N"]]:
+def _places(positions: Float[Tensor, "N A"]) -> tuple[Float[Tensor, "P A"], Int[Tensor, " N"]]:
     """The places there are, and which of them each token is at."""
     codes = torch.zeros(len(positions), dtype=torch.long, device=positions.device)
     for axis in positions.T:

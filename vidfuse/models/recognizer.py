@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from vidfuse.models import adapt, lockstep, select, weights
-from vidfuse.models.layers import Normalize, check_share
+from vidfuse.models.checks import check_share
+from vidfuse.models.layers import Normalize
 from vidfuse.models.parts import Backbone, Fused, Fusion, Interleaved, Stepwise, Tokens
 from vidfuse.models.precision import bfloat16_arithmetic
 

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 import torch
 from einops import repeat
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -190,12 +189,21 @@ def _unwrapped(path: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], dict(content))
 
 
-def inflated(value: Float[Tensor, "O I h w"], time: int) -> Float[Tensor, "O I t h w"]:
-    """A 2-D filter as a 3-D one that answers a still clip as it answers a picture: repeated in time and divided by its length.
+def inflated(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A 2-D network's state, under the names of `module`, with filters in time wherever `module` has them.
 
-    Carreira and Zisserman 2017 (arXiv:1705.07750), section 2.1.
+    A filter answers a still clip as it answers a picture: it is repeated in time and divided by its length. Carreira and Zisserman
+    2017 (arXiv:1705.07750), section 2.1.
     """
-    return repeat(value / time, "O I h w -> O I t h w", t=time)
+    own = module.state_dict()
+
+    def fitted(key: str, value: Tensor) -> Tensor:
+        if value.ndim != 4 or key not in own or own[key].ndim != 5:
+            return value
+        time = own[key].shape[2]
+        return repeat(value / time, "O I h w -> O I t h w", t=time)
+
+    return {key: fitted(key, value) for key, value in state.items()}
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:

@@ -23,11 +23,12 @@ def audit_run(folder: RunFolder) -> Audit:
         raise DataError(f"{folder.url} has no journal: no worker of it has started yet, or an older vidfuse wrote it")
     split = config.data.train_split
     packed = open_set(config, split)
-    others = {entry["manifest"] for entry in entries if entry["kind"] == "start"} - {packed.manifest.plan}
+    others = {entry["manifest"] for entry in entries if entry["kind"] == "start"} - {packed.manifest.version}
     if others:
         raise DataError(
-            f"{folder.url} was trained on packed set {', '.join(sorted(others))}, {config.data.url} holds {packed.manifest.plan}"
+            f"{folder.url} was trained on packed set {', '.join(sorted(others))}, {config.data.url} holds {packed.manifest.version}"
         )
     index = packed.indices[split]
     names = [f"{index.shards[shard]}/{key}" for shard, key in zip(index.shard, index.key, strict=True)]
-    return audit(entries, {shard.name: shard.samples for shard in packed.manifest.splits[split].shards}, names)
+    shards = {shard.name: shard.samples for shard in packed.manifest.splits[split].shards}
+    return audit(entries, shards, names, lambda epoch: packed.draws.uses(len(index), seed=config.seed, epoch=epoch))

@@ -31,13 +31,17 @@ class Cleaner(PlacementGroupCleaner):
 
     def _monitor_loop(self) -> None:
         while not self._stop_event.wait(self._check_interval_s):
-            if is_alive(self._controller_actor_id):
-                continue
-            for group in groups_of(self._controller_actor_id):
-                log.warning("the controller of a training is gone; its placement group %s is removed", group.id.hex())
-                remove_placement_group(group)
-            ray.kill(ray.get_runtime_context().current_actor)  # `exit_actor`, as in Ray's, ends this thread only
-            return
+            try:
+                if not is_alive(self._controller_actor_id):
+                    self._clean()
+            except Exception as error:  # the control store did not answer: it is asked again
+                log.warning("a training's placement groups could not be looked at: %s", error)
+
+    def _clean(self) -> None:
+        for group in groups_of(self._controller_actor_id):
+            log.warning("the controller of a training is gone; its placement group %s is removed", group.id.hex())
+            remove_placement_group(group)
+        ray.kill(ray.get_runtime_context().current_actor)  # `exit_actor`, as in Ray's, ends this thread only
 
 
 def is_alive(actor: str) -> bool:

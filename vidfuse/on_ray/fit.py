@@ -23,16 +23,19 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vidfuse.config import Config, ConfigError
+from vidfuse.config import Config, ConfigError, DataConfig
+from vidfuse.data.draws import Draws, Values, balanced, read_values
 from vidfuse.data.feed import BLOCKS_AT_ONCE, Feed, PackedSet
+from vidfuse.data.flips import check_directions
 from vidfuse.data.sampling import World
-from vidfuse.data.shards import DataError, check_classes, read_index, read_manifest
+from vidfuse.data.shards import DataError, SplitIndex, check_classes, read_index, read_manifest
 from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer
 from vidfuse.on_ray.monitor import Monitor
-from vidfuse.on_ray.recovery import QuickTorchConfig, look_at_nodes
+from vidfuse.on_ray.recovery import QuickTorchConfig, keep_statistics_here
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.on_ray.storage import check_storage, open_storage
+from vidfuse.on_ray.standby import environment, stand_by
+from vidfuse.on_ray.storage import check_storage, exists, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
@@ -40,7 +43,7 @@ from vidfuse.on_ray.worker import RayWorker
 from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import run
-from vidfuse.train.run import continued, started
+from vidfuse.train.model import continued, started
 from vidfuse.train.worker import Progress
 
 log = logging.getLogger(__name__)
@@ -87,7 +90,31 @@ def open_set(config: Config, *splits: str) -> PackedSet:
     manifest = read_manifest(filesystem, root)
     check_classes(manifest, data.classes)
     wanted = splits or (data.train_split, data.validation_split)
-    return PackedSet(filesystem, root, manifest, {s: read_index(filesystem, root, s, manifest=manifest) for s in wanted})
+    indices = {s: read_index(filesystem, root, s, manifest=manifest) for s in wanted}
+    train = indices.get(data.train_split)
+    return PackedSet(filesystem, root, manifest, indices, Draws() if train is None else _draws(data, train))
+
+
+def _draws(data: DataConfig, index: SplitIndex) -> Draws:
+    """How often the samples of the training split are used.
+
+    Raises:
+        StorageError: a file cannot be read.
+        DataError: it is not of this split, or uses a sample too often.
+    """
+
+    def values(field: str, url: str) -> Values:
+        filesystem, path = open_storage(url)
+        if not exists(filesystem, path):
+            raise DataError(f"{field}: there is no file {url}")
+        return read_values(read_bytes(filesystem, path), index, f"{field}: {url}")
+
+    weights = difficulty = None
+    if data.weighting is not None:
+        weights = balanced(index.label) if data.weighting == "balanced" else values("data.weighting", data.weighting)
+    if data.curriculum is not None:
+        difficulty = values("data.curriculum.difficulty", data.curriculum.difficulty)
+    return Draws(weights, difficulty, data.curriculum).check(len(index))
 
 
 def resources(config: Config) -> Resources:
@@ -142,13 +169,14 @@ def check(config: Config) -> PackedSet:
         ConfigError, DataError, StorageError, CheckpointError: one clear message.
     """
     packed = open_set(config)
+    check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0)
     check_storage(config.run.storage, write=True)
     folder = RunFolder.of(config.run)
     last, _ = folder.choose("last", (STATE,))
     state = None if last is None else folder.state(last)
     check_reachable(check_model(config, state))
     if state is not None:
-        check_matches(state, config, manifest=packed.manifest, frozen=state.frozen)
+        check_matches(state, config, manifest=packed.manifest, frozen=state.frozen, draws=packed.draws.digest)
     return packed
 
 
@@ -216,10 +244,11 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
+    keep_statistics_here()
     trainer = Trainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
     )
-    with _following(monitor, on_progress, stop), look_at_nodes(elastic=room.least < room.most):
+    with _following(monitor, on_progress, stop):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -255,6 +284,7 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
             storage_path=root,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            worker_runtime_env=environment(config, elastic=room.least < room.most),
         ),
     }
 
@@ -264,6 +294,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     config = Config.model_validate(settings["config"])
     worker = RayWorker(config.run, settings["monitor"])
     train = config.train
+    stand_by()
     with tempfile.TemporaryDirectory(prefix="vidfuse-run-") as folder:
         records = Path(folder)
         if worker.rank == 0:

@@ -6,8 +6,8 @@ Comes in: a run's folder and an evaluation config. Goes out: `evaluate/<split>/r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from vidfuse.on_ray.score import score_run, split_of
 from vidfuse.on_ray.storage import join
 from vidfuse.train.errors import Damage
 from vidfuse.train.record import METRICS, read_metrics, surroundings
-from vidfuse.train.run import judged
-from vidfuse.train.validate import Scored
+from vidfuse.train.validate import Scored, judged, together
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,32 @@ class Judgement:
     scored: Scored
     scores: Scores
     in_manifest: int
+    packed_version: str
+    """Of the packed set."""
     facts: Mapping[str, str]
     damaged: tuple[Damage, ...] = ()
     """Checkpoints that would have been scored instead."""
+    members: tuple[str, ...] = ()
+    """Runs of an ensemble, the one of the config first; empty: it is one run's."""
+
+    @property
+    def below(self) -> str:
+        """Folder of the run that it is published in."""
+        return join("evaluate", "-with-".join((split_of(self.config), *self.members[1:])))
 
     def result(self) -> dict[str, Any]:
         """What result.json holds."""
         view = self.config.evaluate
-        head = {"run": self.config.run.name, "checkpoint": self.checkpoint, "split": split_of(self.config)}
+        head: dict[str, Any] = {"run": self.config.run.name, "checkpoint": self.checkpoint, "split": split_of(self.config)}
+        head |= {"ensemble": list(self.members)} if self.members else {}
         views = {
             "clips": view.clips,
             "crops": view.crops,
+            "flip": view.flip,
+            "mean": view.mean,
             "samples_scored": self.scores.samples,
             "samples_in_manifest": self.in_manifest,
+            "packed_version": self.packed_version,
         }
         damaged = {"damaged": [asdict(damage) for damage in self.damaged]} if self.damaged else {}
         return {**head, **damaged, **views, **self.scores.to_json()}
@@ -82,7 +94,41 @@ def judge(folder: RunFolder, config: Config, which: str, *, facts: Mapping[str, 
     manifest = folder_manifest(config)
     scores = judged(scored, manifest.classes)
     samples = manifest.splits[split_of(config)].samples
-    return Judgement(config, checkpoint, scored, scores, samples, {**facts, **surroundings()}, damaged)
+    facts = {**facts, **surroundings(), "packed set": f"{manifest.dataset}, version {manifest.version}"}
+    return Judgement(config, checkpoint, scored, scores, samples, manifest.version, facts, damaged)
+
+
+def judge_together(runs: Sequence[tuple[RunFolder, Config]], which: str, *, facts: Mapping[str, str]) -> Judgement:
+    """Score the checkpoints of several runs over one split, and the average of what they say.
+
+    Args:
+        runs: with the wanted `evaluate` sections; a single one is judged by itself.
+        which: `best` or `last`.
+        facts: about this evaluation.
+
+    Raises:
+        DataError: the runs are of other sets or splits; or as `judge`.
+    """
+    (folder, config), others = runs[0], runs[1:]
+    if not others:
+        return judge(folder, config, which, facts=facts)
+    split, manifest = split_of(config), folder_manifest(config)
+    for other, theirs in others:
+        if (split_of(theirs), folder_manifest(theirs)) != (split, manifest):
+            raise DataError(
+                f"{other.url} is not of the packed set and split of {folder.url} ({split!r} of {config.data.url}): an ensemble is "
+                "of runs over the same samples; say --set evaluate.split=... data.url=... for all of them"
+            )
+    parts = [judge(*run, which, facts=facts) for run in runs]
+    scored = together([part.scored for part in parts], mean=config.evaluate.mean)
+    return replace(
+        parts[0],
+        checkpoint=", ".join(f"{part.config.run.name} {part.checkpoint}" for part in parts),
+        scored=scored,
+        scores=judged(scored, manifest.classes),
+        damaged=tuple(damage for part in parts for damage in part.damaged),
+        members=tuple(part.config.run.name for part in parts),
+    )
 
 
 def folder_manifest(config: Config) -> Any:
@@ -96,7 +142,6 @@ def publish(judgement: Judgement, folder: RunFolder, scratch: Path) -> str:
     """Write the result and the report beside the run; returns their URL."""
     folder.records(scratch)
     records = read_metrics(scratch / METRICS)
-    below = join("evaluate", split_of(judgement.config))
     page = report(
         title=f"{judgement.config.run.name}: {judgement.checkpoint} over {split_of(judgement.config)}",
         config_yaml=judgement.config.to_yaml(),
@@ -109,5 +154,5 @@ def publish(judgement: Judgement, folder: RunFolder, scratch: Path) -> str:
     out.mkdir()
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / "result.json").write_text(json.dumps(judgement.result(), indent=1), encoding="utf-8")
-    folder.put(out, below)
-    return join(folder.url, below)
+    folder.put(out, judgement.below)
+    return join(folder.url, judgement.below)

@@ -6,19 +6,22 @@ processes must find in their environment is `jobs.cli.RAY_SETTINGS`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
-LOOK_SECONDS = 1.0
-"""Between two looks at the cluster's nodes."""
+LOOK_SECONDS = 0.2
+"""Between two looks at nodes of which one does not answer."""
+ANSWER_SECONDS = 2.0
+"""How long a node, or Ray's account of them, is given to answer."""
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +46,45 @@ class QuickTorchConfig(TorchConfig):
         return QuickTorchBackend
 
 
-@contextlib.contextmanager
-def look_at_nodes(*, elastic: bool) -> Iterator[None]:
-    """While the context is open, keep Ray's account of the cluster's nodes fresh, by which an elastic run decides its size.
+def keep_statistics_here() -> None:
+    """Have Ray Data's actor for statistics on the driver's node.
 
-    Ray 2.60 renews it every 20 seconds: until then a dead node counts, and the old size is tried again.
+    The first worker that streams would start it on its own node, with its own environment: a node that may die.
     """
-    done = threading.Event()
-    thread = threading.Thread(target=_look, args=(done,), name="vidfuse-nodes", daemon=True)
-    if elastic:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if elastic:
-            thread.join(timeout=10)
+    get_or_create_stats_actor()
 
 
-def _look(done: threading.Event) -> None:
-    while not done.wait(LOOK_SECONDS):
+class QuickScalingPolicy(ElasticScalingPolicy):
+    """Ray's policy, with a fresh account of the cluster.
+
+    A worker that is lost with its node is missed seconds before the node is. Ray would ask for the old number of workers, wait in
+    vain (`RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S`), and then go by an account that is renewed every 20 seconds.
+    """
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """None as long as a node that counts as alive does not answer."""
+        if not answering([(n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]]):
+            time.sleep(LOOK_SECONDS)
+            return NoopDecision()
+        return super().make_decision_for_non_running_worker_group()
+
+    def _get_reserved_resources(self) -> Any:
         try:
-            coordinator = get_or_create_autoscaling_coordinator()
-            ray.get(coordinator.get_reserved_resources.remote("vidfuse", recompute=True), timeout=5)
-        except Exception as error:  # a look that fails costs seconds of recovery, never the run
-            log.debug("the cluster's nodes could not be looked at: %s", error)
+            renewed = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+            ray.get(renewed, timeout=ANSWER_SECONDS)
+        except ray.exceptions.RayError as error:  # it costs seconds of recovery, never the run
+            log.debug("the account of the cluster's nodes was not renewed: %s", error)
+        return super()._get_reserved_resources()
+
+
+def answering(addresses: Sequence[tuple[str, int]]) -> bool:
+    """Whether something listens at each address; the first that does not ends it, so it takes no longer than one that is silent."""
+    return all(_answers(address) for address in addresses)
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(address, timeout=ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False

@@ -21,6 +21,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from vidfuse.config import Config
 from vidfuse.data.batch import SampleError
 from vidfuse.data.feed import Feed
+from vidfuse.data.flips import check_directions, mirrored_classes
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.models.recognizer import frozen_digest
@@ -32,7 +33,7 @@ from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
 from vidfuse.train.checkpoint import load_weights, read_state
 from vidfuse.train.errors import RunError
-from vidfuse.train.run import continued
+from vidfuse.train.model import continued
 from vidfuse.train.validate import Scored, score
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,12 +50,14 @@ def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:
 
     Raises:
         DataError: a split without labels.
+        ConfigError: mirrored views, which the classes do not allow.
         RunError: a worker failed.
     """
     split = split_of(config)
     packed = open_set(config, split)
     if (packed.indices[split].label < 0).any():
         raise DataError(f"split {split!r} of {config.data.url} has videos without a label: there is nothing to score against")
+    check_directions(packed.manifest.classes, flip=config.evaluate.flip)
     parts = folder.url.rpartition("/")
     settings = {"config": config.model_dump(mode="json"), "run": folder.url, "checkpoint": checkpoint}
     room = resources(config)
@@ -89,11 +92,13 @@ def _score_worker(settings: dict[str, Any]) -> None:
     feed = Feed(config, packed, world, pull_through_ray(config.data, workers=world.size))
     scored = score(
         model,
-        feed.score(split, clips=view.clips, crops=view.crops, micro_batch=micro_batch),
+        feed.score(split, clips=view.clips, crops=view.crops, flip=view.flip, micro_batch=micro_batch),
         packed.indices[split].label.astype(np.int64),
         classes=config.data.classes,
-        views=view.clips * view.crops,
+        views=view.clips * view.crops * (1 + view.flip),
         device=device,
+        mirrored=mirrored_classes(packed.manifest.classes) if view.flip else None,
+        mean=view.mean,
     )
     if world.rank == 0:
         _write(folder, split, scored)

@@ -12,6 +12,7 @@ are typed and whose time limits are short.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -32,6 +33,8 @@ ATTEMPTS = 10
 CHECK_SECONDS = 5.0
 """How long `check_storage` waits to connect, and then for an answer."""
 _COPY_BYTES = 8 * 1024**2
+_FULL = ("QuotaExceeded", "InsufficientStorage", "Insufficient Storage", "XMinioStorageFull", "HTTP status 507")
+"""What servers answer that have no room."""
 
 _ADVICE = {
     "NoSuchBucket": "the bucket {bucket!r} does not exist; create it, or correct the URL",
@@ -133,6 +136,27 @@ def upload(fs: Any, path: str, source: str) -> None:
     """Copy a local file to a place, whole or not at all."""
     with open(source, "rb") as content, _writing(fs, path) as file:
         shutil.copyfileobj(content, file, _COPY_BYTES)
+
+
+@contextlib.contextmanager
+def told_when_full(place: str, advice: str) -> Iterator[None]:
+    """Have a full disk or quota told as a `StorageError` that says what to do.
+
+    Args:
+        place: What is written to.
+        advice: What else helps than to make room there.
+
+    Raises:
+        StorageError: it is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not any(word in str(error) for word in _FULL):
+            raise
+        raise StorageError(
+            f"{place}: no room left; free some{advice}, and give the same command again: it continues, what is written stays"
+        ) from None
 
 
 def delete(fs: Any, path: str) -> None:

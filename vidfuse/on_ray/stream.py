@@ -32,7 +32,10 @@ from ray.data.extensions import ArrowTensorArray
 
 from vidfuse.config import DataConfig
 from vidfuse.data.clips import ClipReader, Columns, Part
+from vidfuse.on_ray.standby import of_tasks
 
+RETRIES = 5
+"""Of a reading task whose storage fails for longer than `ClipReader` tries; one whose process is killed is started again by Ray."""
 PAUSE_SECONDS = 0.05
 """How long Ray Data's control loop rests when it can do nothing until the worker takes a block."""
 
@@ -77,7 +80,7 @@ class ClipDatasource(Datasource):
     ) -> list[ReadTask]:
         """One task a part, whatever `parallelism` says: a block must hold whole micro batches."""
         return [
-            ReadTask(_read(self.reader, part), self._metadata(part), per_task_row_limit=per_task_row_limit)
+            ReadTask(_Read(self.reader, part), self._metadata(part), per_task_row_limit=per_task_row_limit)
             for part in self.parts
         ]
 
@@ -100,11 +103,11 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
             concurrency=min(max(share // (3 * block), 2), len(parts)),
             override_num_blocks=len(parts),
             num_cpus=data.cpus_per_task,
-            max_retries=5,
-            retry_exceptions=[OSError],
+            runtime_env=of_tasks(),
         )
         context = dataset.context
         context.enable_progress_bars = False
+        context.retried_map_errors, context.max_map_retries = True, RETRIES
         context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
         context.execution_options.preserve_order = True
@@ -114,9 +117,15 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
     return pull
 
 
-def _read(reader: ClipReader, part: Part) -> Callable[[], Iterator[Block]]:
-    def read() -> Iterator[Block]:
-        columns = reader.read(part)
+@dataclass(frozen=True)
+class _Read:
+    """What a read task does. A class of this module: a function made here would travel with its code, milliseconds a task."""
+
+    reader: ClipReader
+    part: Part
+
+    def __call__(self) -> Iterator[Block]:
+        columns = self.reader.read(self.part)
         arrays = {name: values for name, values in columns.items() if name not in ("clip", "error")}
         yield pa.table(
             {
@@ -125,5 +134,3 @@ def _read(reader: ClipReader, part: Part) -> Callable[[], Iterator[Block]]:
                 "error": pa.array(np.asarray(columns["error"], object), pa.string()),
             }
         )
-
-    return read

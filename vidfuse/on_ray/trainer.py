@@ -14,9 +14,13 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidfuse.on_ray.cleaner import Cleaner
+from vidfuse.on_ray.recovery import QuickScalingPolicy
 
 CHECK_SECONDS = 0.5
 """Between two looks at the controller."""
@@ -26,11 +30,13 @@ class CleanerCallback(PlacementGroupCleanerCallback):
     """Ray's, with a `Cleaner`."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Start the cleaner; it outlives the controller."""
-        self._controller_actor_id = ray.get_runtime_context().get_actor_id()
+        """Start the cleaner; it outlives the controller, and other nodes."""
+        context = ray.get_runtime_context()
+        self._controller_actor_id = context.get_actor_id()
+        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
         self._cleaner = (
             ray.remote(num_cpus=0)(Cleaner)
-            .options(lifetime="detached")
+            .options(lifetime="detached", scheduling_strategy=here)
             .remote(self._controller_actor_id, self._check_interval_s, self._get_actor_timeout_s, self._stop_timeout)
         )
 
@@ -39,8 +45,12 @@ class Trainer(TorchTrainer):
     """See the module."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
-        mine = CleanerCallback(check_interval_s=CHECK_SECONDS)
-        found = [isinstance(callback, PlacementGroupCleanerCallback) for callback in made]
-        assert sum(found) == 1, "another version of Ray: see vidfuse.on_ray.trainer"
-        return [mine if theirs else callback for callback, theirs in zip(made, found, strict=True)]
+        """Ray's, with another cleaner, and without the one that starts an actor for data sets given to the trainer: none are."""
+        left = (PlacementGroupCleanerCallback, DatasetsCallback)
+        kept = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, left)]
+        return [*kept, CleanerCallback(check_interval_s=CHECK_SECONDS)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if isinstance(settings["scaling_policy"], ElasticScalingPolicy):
+            settings["scaling_policy"] = QuickScalingPolicy(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)

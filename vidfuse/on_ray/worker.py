@@ -55,9 +55,13 @@ class RayWorker:
         if metrics:
             ray.train.report(dict(metrics))
 
-    def settle(self, *, at_most_seconds: float | None = None) -> None:
+    def settle(self) -> None:
         """See `Worker`."""
-        self._keeper.settle(at_most_seconds=at_most_seconds)
+        self._keeper.settle()
+
+    def close(self, *, at_most_seconds: float) -> None:
+        """See `Worker`."""
+        self._keeper.close(at_most_seconds=at_most_seconds)
 
     def local(self, source: str) -> str:
         """See `Worker`."""

@@ -1,4 +1,5 @@
-"""Was every sample of every epoch used exactly once? Judged from the journal of a run, not from what the run believes.
+"""Was every sample of every epoch used exactly once, or as often as a weighted epoch plans it? Judged from the journal of a run,
+not from what the run believes.
 
 Comes in: the journal's entries (`journal`), the manifest's shards and the names of its samples. Goes out: an `Audit`.
 
@@ -9,7 +10,7 @@ work done twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from vidfuse.train.ledger import unpack
 
 Entry = Mapping[str, Any]
+Planned = Callable[[int], npt.NDArray[np.uint8]]
 SHOWN = 10
 """Names of one kind that are written out for people; all are in the `Audit`."""
 
@@ -34,13 +36,15 @@ class EpochAudit:
     samples: int
     """Of the manifest."""
     once: int
-    """Samples used exactly once, the unreadable among them."""
+    """Samples used exactly as often as planned: once, if nothing is weighted; the unreadable among them."""
     repeated: tuple[tuple[str, int], ...]
     """Samples used more often: name and count."""
     missing: tuple[str, ...]
-    """Names of samples not used."""
+    """Names of samples used more rarely: of a plain epoch, not at all."""
     unreadable: tuple[tuple[str, str], ...]
     """Videos that could not be read, so that they weighed nothing: name and reason."""
+    weighted: bool = False
+    """Whether some are planned more or less often than once."""
 
     @property
     def exact(self) -> bool:
@@ -50,8 +54,9 @@ class EpochAudit:
     def lines(self) -> Iterator[str]:
         """In words."""
         missing = f"{len(self.missing)} {'missing' if self.closed else 'to come'}"
-        counts = f"{self.once} used once, {len(self.repeated)} repeated, {missing}, {len(self.unreadable)} unreadable"
-        verdict = ("exactly once" if self.exact else "NOT exactly once") if self.closed else "not finished"
+        planned = "as planned" if self.weighted else "once"
+        counts = f"{self.once} used {planned}, {len(self.repeated)} repeated, {missing}, {len(self.unreadable)} unreadable"
+        verdict = (f"exactly {planned}" if self.exact else f"NOT exactly {planned}") if self.closed else "not finished"
         yield f"epoch {self.epoch}: {verdict}; of {self.samples} samples {counts}"
         yield from _named("repeated", [f"{name} {count} times" for name, count in self.repeated])
         yield from _named("missing", self.missing if self.closed else ())
@@ -132,13 +137,14 @@ class Audit:
         yield f"{len(faults)} interruptions, {lost:.1f} s lost, {sum(i.redone for i in faults)} steps done twice"
 
 
-def audit(entries: Sequence[Entry], shards: Mapping[str, int], names: Sequence[str]) -> Audit:
+def audit(entries: Sequence[Entry], shards: Mapping[str, int], names: Sequence[str], planned: Planned | None = None) -> Audit:
     """Judge a run.
 
     Args:
         entries: of its journal, in order.
         shards: samples of each shard of the training split.
         names: `shard/key` of each sample, in the order of the split's index.
+        planned: uses of each sample in an epoch. `None`: once.
 
     Raises:
         ValueError: the journal is of another packed set.
@@ -147,7 +153,7 @@ def audit(entries: Sequence[Entry], shards: Mapping[str, int], names: Sequence[s
     history = _history(tries)
     epochs = sorted({entry["epoch"] for entry in history})
     return Audit(
-        tuple(_epoch(epoch, [e for e in history if e["epoch"] == epoch], shards, names) for epoch in epochs),
+        tuple(_epoch(epoch, [e for e in history if e["epoch"] == epoch], shards, names, planned) for epoch in epochs),
         tuple(_spans(tries)),
         tuple(_interruption(a, b) for a, b in pairwise(tries)),
     )
@@ -162,7 +168,10 @@ def _history(tries: Sequence[Sequence[Entry]]) -> list[Entry]:
     return history
 
 
-def _epoch(epoch: int, entries: Sequence[Entry], shards: Mapping[str, int], names: Sequence[str]) -> EpochAudit:
+def _epoch(
+    epoch: int, entries: Sequence[Entry], shards: Mapping[str, int], names: Sequence[str], planned: Planned | None
+) -> EpochAudit:
+    wanted = np.ones(len(names), np.int64) if planned is None else planned(epoch).astype(np.int64)
     uses: npt.NDArray[np.int64] = np.zeros(len(names), np.int64)
     for entry in entries:
         uses += unpack(shards, entry)
@@ -170,10 +179,11 @@ def _epoch(epoch: int, entries: Sequence[Entry], shards: Mapping[str, int], name
         epoch=epoch,
         closed=any(entry["closed"] for entry in entries),
         samples=len(names),
-        once=int((uses == 1).sum()),
-        repeated=tuple((names[int(sample)], int(uses[sample])) for sample in np.flatnonzero(uses > 1)),
-        missing=tuple(names[int(sample)] for sample in np.flatnonzero(uses == 0)),
+        once=int((uses == wanted).sum()),
+        repeated=tuple((names[int(sample)], int(uses[sample])) for sample in np.flatnonzero(uses > wanted)),
+        missing=tuple(names[int(sample)] for sample in np.flatnonzero(uses < wanted)),
         unreadable=tuple((f"{shard}/{key}", reason) for shard, key, reason in entries[-1]["unreadable"]),
+        weighted=bool((wanted != 1).any()),
     )
 
 

@@ -49,7 +49,7 @@ class State:
 
     config: dict[str, Any]
     manifest: str
-    """Hash of the packed set's plan."""
+    """Version of the packed set."""
     git_revision: str
     frozen: dict[str, str]
     """sha256 of each frozen stream's weights."""
@@ -60,8 +60,8 @@ class State:
     """Videos of the running epoch that could not be read: shard, key, reason."""
     ledger: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "used": {}})
     best_top1: float | None = None
-    index: str = ""
-    """sha256 of the training split's index: which sample is where."""
+    draws: str = ""
+    """sha256 of what decides how often samples are used (`data.draws`); empty: each once."""
     epochs_without_gain: int = 0
     start: dict[str, Any] = field(default_factory=dict)
     """What was taken from `model.weights` (`models.start.Start`); empty: nothing."""
@@ -113,7 +113,7 @@ def read_state(folder: Path) -> State:
         raise CheckpointError(f"{folder.name} is no whole checkpoint: {STATE}: {error}") from error
 
 
-def check_matches(state: State, config: Config, *, manifest: Manifest, frozen: Mapping[str, str]) -> None:
+def check_matches(state: State, config: Config, *, manifest: Manifest, frozen: Mapping[str, str], draws: str = "") -> None:
     """Refuse to continue a run as another one. More epochs, other storage and other workers are harmless, and `config.HARMLESS`.
 
     Raises:
@@ -126,17 +126,16 @@ def check_matches(state: State, config: Config, *, manifest: Manifest, frozen: M
             f"run {config.run.name!r} has checkpoints of another config; differing (checkpoint -> given): {'; '.join(changed)}. "
             "Give the same config to continue, or another --set run.name=... to start afresh"
         )
-    if state.manifest != manifest.plan:
+    if state.manifest != manifest.version:
         raise CheckpointError(
-            f"run {config.run.name!r} was trained on packed set {state.manifest}, data.url holds {manifest.plan}: give the same "
-            "set to continue, or another --set run.name=... to start afresh"
+            f"run {config.run.name!r} was trained on version {state.manifest} of packed set {manifest.dataset!r}, data.url holds "
+            f"version {manifest.version}: its samples are others, or in other places. Give the same set to continue, or another "
+            "--set run.name=... to start afresh"
         )
-    index = manifest.splits[config.data.train_split].index_sha256
-    if state.index != index:
+    if state.draws != draws:
         raise CheckpointError(
-            f"run {config.run.name!r} was trained on split {config.data.train_split!r} with index {state.index[:12]}, data.url has "
-            f"{index[:12]}: the set was packed anew and its samples are in other places. Give the same set to continue, or "
-            "another --set run.name=... to start afresh"
+            f"run {config.run.name!r} was trained with other weights or difficulties of samples (sha256 {state.draws[:12] or 'none'} then, "
+            f"{draws[:12] or 'none'} now): give the same files, or another --set run.name=... to start afresh"
         )
     check_frozen(state, frozen)
 

@@ -195,6 +195,20 @@ class Keeper:
         if flight.fault:
             raise CheckpointError(f"checkpoint {flight.name} was not stored: {flight.fault}; the one before is unharmed")
 
+    def close(self, *, at_most_seconds: float) -> None:
+        """Give the background's process group back, once it is idle: its threads would wake up for ever.
+
+        Raises:
+            CheckpointError: as `settle`.
+        """
+        thread = self._flight.thread if self._flight is not None else None
+        try:
+            self.settle(at_most_seconds=at_most_seconds)
+        finally:
+            if self._group is not None and not (thread is not None and thread.is_alive()):
+                dist.destroy_process_group(self._group)
+                self._group = None
+
     def _begin(self, flight: Flight) -> None:
         if self._group is None:
             # The background speaks over a group of its own: the training's must see its calls in one order on all ranks.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vidfuse.data.sampling import Samples
+from vidfuse.data.sampling import Samples, use_of
 
 Counts = npt.NDArray[np.uint8]
 
@@ -40,9 +40,9 @@ class Ledger:
                 setattr(self, name, np.zeros(sum(self.shards.values()), np.uint8))
 
     @property
-    def used(self) -> npt.NDArray[np.bool_]:
-        """What this rank knows to be used."""
-        return (self.merged > 0) | (self.fresh > 0)
+    def uses(self) -> Counts:
+        """How often each sample was used, as far as this rank knows."""
+        return self.merged + self.fresh
 
     def mark(self, samples: npt.NDArray[np.int64]) -> None:
         """Count samples as used by this rank (padding is passed over)."""
@@ -54,8 +54,9 @@ class Ledger:
         self.fresh = np.zeros_like(self.fresh)
 
     def left(self, order: Samples) -> Samples:
-        """The part of an epoch's order that is not used yet, in order."""
-        return order[~self.used[order]]
+        """The part of an epoch's order that is not used yet, in order: of a sample used n times, all but its first n places."""
+        samples, before = use_of(order, len(self.merged))
+        return order[before >= self.uses[samples]]
 
     def next_epoch(self) -> Ledger:
         """An empty ledger of the epoch after this one."""

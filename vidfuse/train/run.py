@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -17,94 +17,38 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vidfuse.config import Config, Stream
+from vidfuse.config import Config
 from vidfuse.data.batch import Batch, SampleError
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import Samples, steps_of
 from vidfuse.data.shards import DataError
-from vidfuse.evaluate.metrics import Scores, scores
-from vidfuse.models import weights
-from vidfuse.models.recognizer import Recognizer, build_recognizer, frozen_digest
-from vidfuse.models.start import restart, start
+from vidfuse.evaluate.metrics import Scores
+from vidfuse.models.recognizer import Recognizer, frozen_digest
 from vidfuse.train import checkpoint
 from vidfuse.train.average import Average
 from vidfuse.train.clock import Clock
 from vidfuse.train.due import Due
-from vidfuse.train.engine import begin_groups, build_engine, loss_scale, set_learning_rates
+from vidfuse.train.engine import Engine, begin_groups, build_engine, loss_scale, set_learning_rates
 from vidfuse.train.errors import CheckpointError, ModelError
 from vidfuse.train.journal import Journal
 from vidfuse.train.ledger import Ledger
+from vidfuse.train.loss import loss_of
+from vidfuse.train.model import continued, first_epochs, origins_of, started
 from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
 from vidfuse.train.shelf import Found
 from vidfuse.train.step import StepResult
-from vidfuse.train.validate import Scored, score
+from vidfuse.train.validate import judged, score
 from vidfuse.train.worker import Worker
 
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
 """Between two progress events."""
+LAST_UNREADABLE = 3
+"""Names of unreadable videos in a record."""
 SETTLE_SECONDS = 60.0
 """How long a run that ends by a fault waits for the checkpoint that is being stored."""
-
-
-def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
-    """The recogniser that a config describes, with fp32 weights on the current default device; `model.weights` is not read.
-
-    Args:
-        config: of the run.
-        local: makes a weights source one that this machine can read, as `Worker.local`.
-
-    Raises:
-        ValueError: a component, an option or weights that do not fit, or a stream that is to be trained later and cannot be.
-    """
-
-    def stream(part: Stream | None) -> dict[str, Any] | None:
-        if part is None:
-            return None
-        given = part.model_dump(include={"name", "frozen", "trained_blocks", "adapters", "lora"})
-        return given | {"options": part.options, "weights": None if part.weights is None else local(part.weights)}
-
-    model = build_recognizer(
-        classes=config.data.classes,
-        frames=config.data.frames,
-        size=config.data.size,
-        semantic=stream(config.model.semantic),
-        motion=stream(config.model.motion),
-        fusion={"name": config.model.fusion.name, "options": config.model.fusion.options},
-        head_dropout=config.model.head_dropout,
-        seed=config.seed,
-    )
-    model.check_hold(_first_epochs(config))
-    return model
-
-
-def started(config: Config, local: Callable[[str], str] = str) -> tuple[Recognizer, dict[str, Any]]:
-    """The recogniser that a run begins with, and what it took from `model.weights` for its checkpoints (`State.start`).
-
-    Raises:
-        ValueError: as `model_of`, or `model.weights` do not fit.
-    """
-    model, source = model_of(config, local), config.model.weights
-    return model, {} if source is None else start(model, local(source)).to_json()
-
-
-def continued(config: Config, begun: Mapping[str, Any], local: Callable[[str], str] = str) -> Recognizer:
-    """The recogniser that a checkpoint's weights go into, with all that is not in the checkpoint.
-
-    Args:
-        config: of the run.
-        begun: the checkpoint's `State.start`.
-        local: as for `model_of`.
-
-    Raises:
-        ValueError: as `model_of`, or weights that the checkpoint needs cannot be had.
-    """
-    model = model_of(config, local)
-    if config.model.weights is not None and begun.get("fixed"):
-        restart(model, local(config.model.weights), begun)
-    return model
 
 
 class Run:
@@ -120,10 +64,11 @@ class Run:
         self._average: Average | None = None
         with worker.latest_checkpoint() as found:
             self.engine, self.state, origins = self._begin(found.folder, facts.get("git_revision", "unknown"))
-        facts = {**facts, **origins}
+        facts = {**facts, **origins, "packed set": f"{feed.packed.manifest.dataset}, version {feed.packed.manifest.version}"}
         self.ledger = self._ledger(found)
-        self._used = int(self.ledger.used.sum())
-        self._errors = {SampleError(*error) for error in self.state.unreadable}
+        self._used = int(self.ledger.uses.sum())
+        self._errors = dict.fromkeys(SampleError(*error) for error in self.state.unreadable)
+        self._lost = torch.tensor(float(len(self._errors)), device=worker.device)
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
         self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
         if self.journal is not None:
@@ -132,6 +77,8 @@ class Run:
         self._told = 0.0
         self._scores: Scores | None = None
         self._scored_step = -1
+        labels = feed.packed.indices[config.data.train_split].label
+        self._loss = loss_of(config.train, labels, config.data.classes, worker.device)
         self._result: StepResult | None = None
         self._stop_agreed = False
         self._due = Due(config.train, samples=self.samples)
@@ -143,7 +90,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(CheckpointError):  # the run ended by another fault, which is the one to tell
-            self.worker.settle(at_most_seconds=SETTLE_SECONDS)
+            self.worker.close(at_most_seconds=SETTLE_SECONDS)
         self.feed.close()
         self.engine.destroy()
 
@@ -151,14 +98,14 @@ class Run:
 
     def begin_epoch(self, epoch: int) -> None:
         """Have streams wait whose epoch has not come, and those begin whose has."""
-        first = _first_epochs(self.config)
+        first = first_epochs(self.config)
         self.engine.module.hold([name for name, start in first.items() if start > epoch])
         if epoch > 0 and self._used == 0:
             begun = [i for i, group in enumerate(self._groups) if group.stream is not None and first[group.stream] == epoch]
             begin_groups(self.engine, begun)
 
     def left(self) -> Samples:
-        """Samples of the running epoch that are not used yet, in order."""
+        """Entries of the running epoch's order that are not used yet."""
         return self.ledger.left(self.feed.order(self.ledger.epoch))
 
     def before_step(self) -> dict[str, Any]:
@@ -167,14 +114,21 @@ class Run:
         held = self.engine.module.held
         set_learning_rates(self.engine, [0.0 if g.stream in held else rate * g.share for g in self._groups])
         save = (self.worker.rank == 0 and self._due.asks()) or self.worker.told_to_save()
-        return {"seed": self.config.seed, "step": self.state.step, "stop": self.worker.should_stop(), "save": save}
+        return {
+            "loss": self._loss,
+            "seed": self.config.seed,
+            "step": self.state.step,
+            "stop": self.worker.should_stop(),
+            "save": save,
+        }
 
     def after_step(self, micro_batches: tuple[Batch, ...], result: StepResult) -> None:
         """Note what was used, and tell people now and then."""
         rows = torch.cat([batch.samples for batch in micro_batches]).numpy()
         self.ledger.mark(rows[:: self.config.data.repeats])  # the clips of a video follow each other
         self._used = min(self._used + self.config.train.global_batch, self.feed.train_samples)
-        self._errors.update(error for batch in micro_batches for error in batch.errors)
+        self._errors.update(dict.fromkeys(error for batch in micro_batches for error in batch.errors))
+        self._lost = self._lost + result.unreadable / self.config.data.repeats
         self.state.step += 1
         if self._average is not None:
             self._average.update(self.engine, self.state.step)
@@ -203,10 +157,11 @@ class Run:
             DataError: too many of its videos could not be read.
         """
         self._merge(closed=True)
-        missing, repeated = int((self.ledger.merged == 0).sum()), int((self.ledger.merged > 1).sum())
+        planned = self.feed.uses(self.ledger.epoch)
+        missing, repeated = int((self.ledger.merged < planned).sum()), int((self.ledger.merged > planned).sum())
         if missing or repeated:  # a fault of vidfuse; what is done is done, so it is said loudly and the audit names them
             log.error(
-                "epoch %d is not exactly once: %d samples were not used, %d more than once; `python -m jobs.audit` names them",
+                "epoch %d is not exactly as planned: %d samples were used too rarely, %d too often; `python -m jobs.audit` names them",
                 *(self.ledger.epoch, missing, repeated),
             )
         count, total = len(self._errors), self.feed.train_samples
@@ -221,7 +176,8 @@ class Run:
             self.record.add("event", self.state.step, what="unreadable", epoch=self.ledger.epoch, videos=count, names=names)
         self.ledger = self.ledger.next_epoch()
         self._used = 0
-        self._errors = set()
+        self._errors = {}
+        self._lost = torch.zeros_like(self._lost)
 
     def validation_due(self, epoch: int) -> bool:
         """Whether the epoch that just ended is followed by a validation."""
@@ -285,6 +241,7 @@ class Run:
             "workers": self.worker.world_size,
             "zero_stage": self.config.train.zero_stage,
             "precision": self.config.train.precision,
+            "packed_version": self.state.manifest,
             "best_top1": self.state.best_top1,
             "seconds_total": round(self.clock.seconds, 2),
             **self.clock.speed(self._clips),
@@ -307,7 +264,7 @@ class Run:
         """Clips of a step; a video counts `data.repeats` times."""
         return self.config.train.global_batch * self.config.data.repeats
 
-    def _begin(self, found: Path | None, revision: str) -> tuple[checkpoint.Engine, checkpoint.State, dict[str, str]]:
+    def _begin(self, found: Path | None, revision: str) -> tuple[Engine, checkpoint.State, dict[str, str]]:
         """The engine and the state, fresh or from a checkpoint, and where the weights are from.
 
         Shards of another world size are converted first.
@@ -316,18 +273,19 @@ class Run:
         manifest = self.feed.packed.manifest
         state = None if found is None else checkpoint.read_state(found)
         model, begun = self._model(state)
-        origins = _origins(config, model, begun)
-        groups = parameter_groups(model, layer_decay=config.train.layer_decay, late=_first_epochs(config))
+        origins = origins_of(config, model, begun)
+        groups = parameter_groups(model, layer_decay=config.train.layer_decay, late=first_epochs(config))
         self._groups = tuple(groups)
         frozen = frozen_digest(model)
         tree = config.model_dump(mode="json")
         if found is None or state is None:
-            index = manifest.splits[config.data.train_split].index_sha256
-            fresh = checkpoint.State(tree, manifest.plan, revision, frozen, world.size, index=index, start=begun)
+            fresh = checkpoint.State(
+                tree, manifest.version, revision, frozen, world.size, start=begun, draws=self.feed.packed.draws.digest
+            )
             engine = build_engine(model, groups, config.train, world, self.worker.device)
             self._average = Average.of(engine, config.train)
             return engine, fresh, origins
-        checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen)
+        checkpoint.check_matches(state, config, manifest=manifest, frozen=frozen, draws=self.feed.packed.draws.digest)
         elsewhere = state.world_size != world.size and config.train.zero_stage > 0  # without ZeRO nothing is sharded
         shards = checkpoint.shards_of(found, elsewhere=elsewhere, machine=self.worker.machine)
         engine = build_engine(model, groups, config.train, world, self.worker.device, universal=elsewhere)
@@ -366,9 +324,9 @@ class Run:
         dist.all_reduce(fresh)
         uses = fresh.cpu().numpy()
         self.ledger.add(uses)
-        everyone: list[set[SampleError]] = [set() for _ in range(self.worker.world_size)]
+        everyone: list[dict[SampleError, None]] = [{} for _ in range(self.worker.world_size)]
         dist.all_gather_object(everyone, self._errors)
-        self._errors = set().union(*everyone)
+        self._errors = {error: None for errors in everyone for error in errors}
         if self.journal is not None and (closed or uses.any()):
             place = {"step": self.state.step, "epoch": self.ledger.epoch}
             self.journal.used(**place, uses=uses, errors=self._errors, closed=closed)
@@ -387,41 +345,22 @@ class Run:
                 epoch=self.ledger.epoch,
                 samples=self.samples,
                 **values,
+                **self._unreadable(),
                 **self.clock.lap(self._clips),
             )
         if time.monotonic() - self._told >= PROGRESS_SECONDS:
             self._told = time.monotonic()
-            self.worker.progress(self._event(loss=result.loss))
+            self.worker.progress(self._event(loss=result.loss, **self._unreadable()))
 
-    def _event(self, **values: float) -> dict[str, Any]:
+    def _unreadable(self) -> dict[str, Any]:
+        """How many of the epoch's videos so far could not be read, on all ranks, and the last ones that this rank knows of."""
+        last = [f"{error.shard}/{error.key}" for error in list(self._errors)[-LAST_UNREADABLE:]]
+        return {"unreadable_share": round(float(self._lost) / max(self._used, 1), 6), "unreadable_last": last}
+
+    def _event(self, **values: Any) -> dict[str, Any]:
         steps = self.epoch_steps * self.config.train.epochs
         speed = self.clock.speed(self._clips)
         done = self.clock.steps
         eta = (steps - self.state.step) * self.clock.seconds / done if done else None
         place = {"epoch": self.ledger.epoch, "epochs": self.config.train.epochs, "step": self.state.step, "steps": steps}
         return {**place, "time": round(time.time(), 3), **values, **speed, "eta_seconds": eta}
-
-
-def _origins(config: Config, model: Recognizer, begun: Mapping[str, Any]) -> dict[str, str]:
-    """Where the weights of each part are from, for the records."""
-    streams = {"semantic": config.model.semantic, "motion": config.model.motion}
-    loaded = {name: weights.loaded(module) for name, module in model.streams.items()}
-    found = {
-        f"weights of {name}": f"{part.weights} ({of.said}), sha256 {of.sha256}"
-        for name, part in streams.items()
-        if part is not None and (of := loaded.get(name)) is not None
-    }
-    return found | ({"weights of the model": f"{config.model.weights}, sha256 {begun['sha256']}"} if begun else {})
-
-
-def _first_epochs(config: Config) -> dict[str, int]:
-    """The streams that are trained from a later epoch than the first, and from which."""
-    streams = {"semantic": config.model.semantic, "motion": config.model.motion}
-    return {name: s.train_from_epoch for name, s in streams.items() if s is not None and s.trained and s.train_from_epoch}
-
-
-def judged(scored: Scored, classes: tuple[str, ...]) -> Scores:
-    """The figures of a scored split."""
-    with np.errstate(divide="ignore"):
-        logits = np.log(np.clip(scored.probabilities, 1e-30, None))
-    return scores(logits, scored.labels, scored.unreadable, classes)

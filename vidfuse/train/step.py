@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vidfuse.config import TrainConfig
+from vidfuse.config import Mixing, TrainConfig
 from vidfuse.data.batch import Batch
+from vidfuse.data.mixing import Pair, mix, pairs
 from vidfuse.data.sampling import World
 from vidfuse.train.engine import Engine
-from vidfuse.train.loss import cross_entropy
+from vidfuse.train.loss import Loss, soft_targets
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StepResult:
     """Sums over all ranks of a step; read it late, since reading waits for the device."""
 
     sums: Tensor
-    """[5] weighted loss, correct, weight, ranks that were asked to stop, ranks that ask for a checkpoint."""
+    """[6] weighted loss, correct, weight, ranks that were asked to stop, ranks that ask for a checkpoint, unreadable rows."""
     grad_norm: float
 
     @property
@@ -37,7 +38,7 @@ class StepResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of samples whose class has the highest logit."""
+        """Share of samples whose class (of a mixed one: the larger part's) has the highest logit."""
         return float(self.sums[1] / self.sums[2].clamp(min=1))
 
     @property
@@ -50,6 +51,11 @@ class StepResult:
         """Whether any rank asks for a checkpoint."""
         return bool(self.sums[4] > 0)
 
+    @property
+    def unreadable(self) -> Tensor:
+        """Rows of videos that could not be read; still on the device."""
+        return self.sums[5]
+
 
 def train_step(
     engine: Engine,
@@ -57,6 +63,7 @@ def train_step(
     train: TrainConfig,
     world: World,
     *,
+    loss: Loss,
     seed: int,
     step: int,
     stop: bool,
@@ -67,10 +74,12 @@ def train_step(
     Args:
         engine: of this rank.
         micro_batches: `world.accumulation` of them.
-        train: loss and precision.
+        train: what is mixed.
         world: how the global batch is cut.
+        loss: of single samples.
         seed: of the run.
-        step: number of the step; dropout is drawn from (seed, step, rank), so that a resumed run draws the same.
+        step: number of the step; dropout is drawn from (seed, step, rank), so that a resumed run draws the same; mixing from
+            (seed, step) and the place in the global batch.
         stop: whether this rank was asked to stop.
         save: whether this rank asks for a checkpoint.
     """
@@ -81,14 +90,28 @@ def train_step(
     total = torch.stack([batch.weights.sum() for batch in batches]).sum()
     dist.all_reduce(total)
     scale = world.accumulation * world.size / total.clamp(min=1)
-    sums = torch.zeros(5, device=device)
-    for batch in batches:
-        logits = engine(batch.clips)
-        losses = cross_entropy(logits, batch.labels, smoothing=train.label_smoothing) * batch.weights
+    sums = torch.zeros(6, device=device)
+    for number, batch in enumerate(batches):
+        mixed = None
+        if train.mixing is not None:
+            place = (number * world.size + world.rank) * world.micro_batch
+            mixed = mix(batch, _pairs(micro_batches[number], train.mixing, place, world, (seed, step)))
+        logits = engine(batch.clips if mixed is None else mixed.clips)
+        targets = batch.labels if mixed is None else soft_targets(batch.labels, mixed.others, mixed.shares, logits.shape[-1])
+        losses = loss(logits, targets) * batch.weights
         engine.backward(losses.sum() * scale)
         engine.step()
-        correct = ((logits.argmax(-1) == batch.labels) * batch.weights).sum()
+        right = targets if targets.ndim == 1 else targets.argmax(-1)
+        correct = ((logits.argmax(-1) == right) * batch.weights).sum()
         sums[:3] += torch.stack([losses.detach().sum(), correct.detach(), batch.weights.sum()])
     sums[3], sums[4] = float(stop), float(save)
+    sums[5] = sum(int(((batch.samples >= 0) & (batch.weights == 0)).sum()) for batch in micro_batches)
     dist.all_reduce(sums)
     return StepResult(sums, float(engine.get_global_grad_norm() or 0.0))
+
+
+def _pairs(batch: Batch, mixing: Mixing, place: int, world: World, key: tuple[int, int]) -> list[Pair]:
+    """Who is mixed with whom; from the batch as it came, whose weights are on the CPU."""
+    rows, frames, _, height, width = batch.clips.shape
+    repeats = rows // world.micro_batch
+    return list(pairs(batch.weights, mixing, shape=(frames, height, width), place=place, repeats=repeats, key=key))

@@ -59,11 +59,19 @@ class Worker(Protocol):
         """
         ...
 
-    def settle(self, *, at_most_seconds: float | None = None) -> None:
-        """Wait until the checkpoint that was saved last is stored (or it is given up after a time). All ranks call it.
+    def settle(self) -> None:
+        """Wait until the checkpoint that was saved last is stored. All ranks call it.
 
         Raises:
             CheckpointError: it could not be stored; those before are as good as they were.
+        """
+        ...
+
+    def close(self, *, at_most_seconds: float) -> None:
+        """Give back what saving has taken, once the last checkpoint is stored or after a time. All ranks call it.
+
+        Raises:
+            CheckpointError: it could not be stored, or is given up.
         """
         ...
 
@@ -137,9 +145,13 @@ class LocalWorker:
         elsewhere = records is not None and records.resolve() != self.folder.resolve()
         self._keeper.save(name, write, metrics, keep=keep, records=records if elsewhere else None)
 
-    def settle(self, *, at_most_seconds: float | None = None) -> None:
+    def settle(self) -> None:
         """See `Worker`."""
-        self._keeper.settle(at_most_seconds=at_most_seconds)
+        self._keeper.settle()
+
+    def close(self, *, at_most_seconds: float) -> None:
+        """See `Worker`."""
+        self._keeper.close(at_most_seconds=at_most_seconds)
 
     def local(self, source: str) -> str:
         """See `Worker`; paths and published files are all it reads."""

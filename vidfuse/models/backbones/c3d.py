@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import cells_of, without
+from vidfuse.models.conv3d import cells_of
+from vidfuse.models.layers import without
 from vidfuse.models.parts import Tokens
 
 PUBLISHED = "https://download.openmmlab.com/mmaction/recognition/c3d/c3d_sports1m_pretrain_20201016-dcc47ddc.pth"

@@ -17,7 +17,8 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import VIT_BLOCKS, FrameViT, check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.checks import check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.layers import VIT_BLOCKS, FrameViT
 
 Variant = Literal["vitb32", "vitb16", "vitl14", "vitl14_336"]
 NAMES = {

@@ -15,7 +15,8 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import VIT_BLOCKS, FrameViT, check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.checks import check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.layers import VIT_BLOCKS, FrameViT
 
 Variant = Literal["vits14", "vits14reg", "vitb14", "vitb14reg", "vitl14", "vitl14reg", "vitg14", "vitg14reg"]
 SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}

@@ -15,7 +15,8 @@ import timm
 from timm.models.eva import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import VIT_BLOCKS, FrameViT, check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.checks import check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.layers import VIT_BLOCKS, FrameViT
 
 Variant = Literal["vits16", "vits16plus", "vitb16", "vitl16", "vith16plus"]
 NAMES = {"vits16": "small", "vits16plus": "small_plus", "vitb16": "base", "vitl16": "large", "vith16plus": "huge_plus"}

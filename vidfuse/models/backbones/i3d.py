@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import BatchNorm3d, FreezableBatchNorm, cells_of, without
+from vidfuse.models.conv3d import BatchNorm3d, FreezableBatchNorm, cells_of
+from vidfuse.models.layers import without
 from vidfuse.models.parts import Tokens
 
 IMAGENET = "timm/resnet50.tv_in1k"
@@ -147,17 +148,10 @@ class I3D(FreezableBatchNorm):
         flat = "conv1.weight" in state and state["conv1.weight"].ndim == 4
         if flat != self.inflate:
             raise ValueError(f"i3d: the file is {FILES[flat]}; for this file give the option inflate={str(flat).lower()}")
-        named = self._inflated(state) if flat else {_pytorchvideo_name(key): value for key, value in state.items()}
+        name = _resnet_name if flat else _pytorchvideo_name
+        named = {name(key): value for key, value in state.items()}
         later = ("blocks.6.", *(f"blocks.{number}." for number, _, _ in STAGES.values() if number >= len(self.blocks)))
-        return without(named, later, said="i3d")
-
-    def _inflated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = self.state_dict()
-        named = {_resnet_name(key): value for key, value in state.items()}
-        return {
-            key: weights.inflated(value, own[key].shape[2]) if value.ndim == 4 and key in own and own[key].ndim == 5 else value
-            for key, value in named.items()
-        }
+        return without(weights.inflated(self, named) if flat else named, later, said="i3d")
 
 
 def _pytorchvideo_name(key: str) -> str:

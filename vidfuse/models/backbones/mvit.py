@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torchvision.models import video
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_share, grid_positions, without
+from vidfuse.models.checks import check_share
+from vidfuse.models.layers import grid_positions, without
 from vidfuse.models.parts import Tokens
 
 PUBLISHED = {"v2s": video.MViT_V2_S_Weights.KINETICS400_V1, "v1b": video.MViT_V1_B_Weights.KINETICS400_V1}

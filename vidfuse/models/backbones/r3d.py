@@ -14,8 +14,7 @@ from typing import Literal
 
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
-from vidfuse.models import weights
-from vidfuse.models.layers import VideoResNet
+from vidfuse.models.conv3d import VideoResNet, torchvision_resnet
 
 PUBLISHED = R3D_18_Weights.KINETICS400_V1
 
@@ -43,15 +42,13 @@ def build(
     Raises:
         ValueError: fewer frames than segments, or the weights cannot be fetched.
     """
-    transform = PUBLISHED.transforms()
-    backbone = VideoResNet(
+    return torchvision_resnet(
         r3d_18(),
+        PUBLISHED,
+        said="r3d_18 (Kinetics-400)",
+        pretrained=pretrained,
         stage=stage,
         batch_norm=batch_norm,
-        mean=transform.mean,
-        std=transform.std,
         frames=frames,
         segments=segments,
     )
-    weights.load(backbone, weights.from_url(PUBLISHED.url, "r3d_18 (Kinetics-400)", hashed=True) if pretrained else None)
-    return backbone

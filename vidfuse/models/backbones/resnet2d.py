@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import FreezableBatchNorm, frame_positions, with_own_batch_norm, without
+from vidfuse.models.conv3d import FreezableBatchNorm, with_own_batch_norm
+from vidfuse.models.layers import frame_positions, without
 from vidfuse.models.parts import Tokens
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")

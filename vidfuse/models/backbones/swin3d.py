@@ -28,7 +28,8 @@ from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.ops import StochasticDepth
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_share, grid_positions, without
+from vidfuse.models.checks import check_share
+from vidfuse.models.layers import grid_positions, without
 from vidfuse.models.parts import Tokens
 
 Variant = Literal["t", "s", "b", "b_in22k"]

@@ -24,7 +24,8 @@ from torchvision.ops import StochasticDepth
 from transformers import TimesformerConfig, TimesformerModel
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, drop_rates, frame_positions, grid_positions, kept_blocks, without
+from vidfuse.models.checks import check_patch, kept_blocks
+from vidfuse.models.layers import drop_rates, frame_positions, grid_positions, without
 from vidfuse.models.parts import Branches, Tokens
 
 Attention = Literal["divided", "joint", "space_only"]

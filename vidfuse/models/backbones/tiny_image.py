@@ -12,7 +12,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vidfuse.models.layers import check_patch, frame_positions
+from vidfuse.models.checks import check_patch
+from vidfuse.models.layers import frame_positions
 from vidfuse.models.parts import Tokens
 
 PATCH = 16

@@ -20,7 +20,8 @@ from torchvision.ops import StochasticDepth
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
+from vidfuse.models.checks import check_patch, check_tubelet, kept_blocks
+from vidfuse.models.layers import drop_rates, grid_positions, without
 from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vits16", "vitb16", "vitl16"]

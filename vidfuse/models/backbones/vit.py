@@ -16,7 +16,8 @@ import timm
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vidfuse.models import weights
-from vidfuse.models.layers import VIT_BLOCKS, FrameViT, check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.checks import check_patch, check_share, check_stride, kept_blocks
+from vidfuse.models.layers import VIT_BLOCKS, FrameViT
 
 Variant = Literal["vits16", "vitb16", "vitl16"]
 NAMES = {"vits16": "small", "vitb16": "base", "vitl16": "large"}

@@ -18,7 +18,8 @@ from torchvision.ops import StochasticDepth
 from transformers import VJEPA2Config, VJEPA2Model
 
 from vidfuse.models import weights
-from vidfuse.models.layers import check_patch, check_tubelet, drop_rates, grid_positions, kept_blocks, without
+from vidfuse.models.checks import check_patch, check_tubelet, kept_blocks
+from vidfuse.models.layers import drop_rates, grid_positions, without
 from vidfuse.models.parts import Branches, Tokens, Underway
 
 Variant = Literal["vitl16", "vith16", "vitg16", "vitg16_384"]

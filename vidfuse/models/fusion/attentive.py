@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from vidfuse.models.layers import AttentivePool
+from vidfuse.models.attention import AttentivePool
 from vidfuse.models.parts import Fused, Tokens
 
 

@@ -23,8 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vidfuse.models import select
+from vidfuse.models.checks import check_heads, check_share, check_two_streams
 from vidfuse.models.exchange import READERS, BottleneckExchange, Direction, WindowsOption
-from vidfuse.models.layers import check_heads, check_share, check_two_streams, masked_mean, without_padding
+from vidfuse.models.layers import masked_mean, without_padding
 from vidfuse.models.lockstep import paired
 from vidfuse.models.parts import Fused, Stepwise, Tokens
 

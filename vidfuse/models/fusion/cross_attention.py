@@ -18,18 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vidfuse.models.attention import Attention, AttentivePool, Mlp
+from vidfuse.models.checks import check_heads, check_share, check_two_streams
 from vidfuse.models.exchange import READERS, Direction
-from vidfuse.models.layers import (
-    Attention,
-    AttentivePool,
-    Mlp,
-    check_heads,
-    check_share,
-    check_two_streams,
-    encode_positions,
-    masked_mean,
-    without_padding,
-)
+from vidfuse.models.layers import encode_positions, masked_mean, without_padding
 from vidfuse.models.parts import Fused, Tokens
 
 Pool = Literal["concat", "mean", "attentive"]

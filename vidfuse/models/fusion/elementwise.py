@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from vidfuse.models.layers import check_two_streams, masked_mean
+from vidfuse.models.checks import check_two_streams
+from vidfuse.models.layers import masked_mean
 from vidfuse.models.parts import Fused, Tokens
 
 

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vidfuse.models.attention import Attention
+from vidfuse.models.checks import check_heads, check_share, check_two_streams
 from vidfuse.models.exchange import BottleneckExchange, Direction, Window, WindowsOption, attend_in, windows_along
-from vidfuse.models.layers import Attention, check_heads, check_share, check_two_streams, masked_mean, ranks, without_padding
+from vidfuse.models.layers import masked_mean, ranks, without_padding
 from vidfuse.models.parts import Fused, Tokens
 
 Edges = Sequence[Bool[Tensor, "_ _ _ _"]]

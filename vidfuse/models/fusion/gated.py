@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from vidfuse.models.layers import check_two_streams, masked_mean
+from vidfuse.models.checks import check_two_streams
+from vidfuse.models.layers import masked_mean
 from vidfuse.models.parts import Fused, Tokens
 
 

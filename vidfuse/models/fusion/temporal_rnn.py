@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from vidfuse.models.layers import check_share, masked_mean, ranks, without_padding
+from vidfuse.models.checks import check_share
+from vidfuse.models.layers import masked_mean, ranks, without_padding
 from vidfuse.models.parts import Fused, Tokens
 
 
