@@ -200,6 +200,12 @@ class Training:
 
         self.wait_for(f"step {step} of try {tries} with {workers or 'any'} workers", there, seconds)
 
+    def wait_for_checkpoint(self, what: str = "a checkpoint", seconds: float = 600) -> None:
+        """Wait until the run has stored another checkpoint, whole."""
+        folder = RunFolder.of(self.config.run)
+        before = folder.checkpoints().get("last")
+        self.wait_for(what, lambda _: folder.checkpoints().get("last") != before, seconds)
+
     def stop(self) -> None:
         """SIGTERM to the driver."""
         self.process.send_signal(signal.SIGTERM)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +16,21 @@ import pytest
 
 from jobs import cli
 from tests import support
+
+END_SECONDS = 90.0
+"""How long a process of tests may take to end once they are done."""
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Have a process that does not end say what each of its threads does, and then end it with the tests' own result."""
+
+    def end() -> None:
+        time.sleep(END_SECONDS)
+        print(f"the tests are done, and {END_SECONDS:g} s later their process has not ended; its threads:", file=sys.__stderr__)
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        os._exit(int(exitstatus))
+
+    threading.Thread(target=end, name="end of the tests", daemon=True).start()
 
 
 @pytest.fixture(scope="session")

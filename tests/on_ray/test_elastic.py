@@ -90,6 +90,7 @@ def test_a_run_shrinks_when_a_node_dies_grows_when_one_comes_and_loses_nothing(c
         training.wait_for_step(4)
         cluster.kill(cluster.nodes[0])
         training.wait_for_step(5, tries=2, workers=1)
+        training.wait_for_checkpoint()
         cluster.add()
         training.wait_for_step(6, tries=3, workers=2)
         training.stop()

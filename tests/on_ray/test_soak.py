@@ -13,7 +13,6 @@ import pytest
 from tests.cluster import Training
 from tests.faults import FAULTS, TRAIN, UNREADABLE, Place, kill_a_node, kill_a_worker
 from vidfuse.config import override
-from vidfuse.on_ray.runs import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.soak, pytest.mark.timeout(7200)]
 FAULTS_IN_ALL = int(os.environ.get("VIDFUSE_SOAK_FAULTS", "30"))
@@ -21,13 +20,6 @@ STEPS = 160
 KILLS = [(kill_a_worker, 3), (kill_a_node, 2), (kill_a_node, 1), (kill_a_worker, 3), (kill_a_node, 2), (kill_a_worker, 3)]
 """What strikes the run whose losses are compared, and how many nodes there are then."""
 LOSS = 1e-3  # relative, fp32, after 160 steps on one, two and three workers
-
-
-def one_more(training: Training, what: str) -> None:
-    """Wait until the run has stored another checkpoint, whole."""
-    folder = RunFolder.of(training.config.run)
-    before = folder.checkpoints()["last"]
-    training.wait_for(what, lambda _: folder.checkpoints()["last"] != before, 600)
 
 
 def resize(here: Place, draw: random.Random) -> None:
@@ -42,7 +34,7 @@ def test_thirty_random_faults(here, hurt, tmp_path):
     draw, struck = random.Random(0), Counter[str]()
     began = time.time()
     with Training(hurt, here.cluster.address, tmp_path) as training:
-        one_more(training, "a checkpoint")
+        training.wait_for_checkpoint()
         for number in range(FAULTS_IN_ALL):
             resize(here, draw)
             time.sleep(draw.uniform(0, 8))
@@ -51,7 +43,7 @@ def test_thirty_random_faults(here, hurt, tmp_path):
             fault(here, training)
             if not here.cluster.nodes:
                 here.cluster.add()
-            one_more(training, f"a checkpoint after fault {number}, {fault.__name__}")
+            training.wait_for_checkpoint(f"a checkpoint after fault {number}, {fault.__name__}")
             struck[fault.__name__] += 1
             print(f"{number} {fault.__name__}: {time.time() - moment:.0f} s, {len(here.cluster.nodes)} nodes", flush=True)
         training.stop()
@@ -73,7 +65,7 @@ def test_a_broken_run_has_the_losses_of_an_unbroken_one(here, hurt, tmp_path):
         assert whole.end(900)["steps"] == STEPS
     with Training(override(settings, ["run.name=broken"]), here.cluster.address, tmp_path) as broken:
         for kill, left in KILLS:
-            one_more(broken, "a checkpoint")
+            broken.wait_for_checkpoint()
             kill(here, broken)
             while len(here.cluster.nodes) < left:
                 here.cluster.add()

@@ -151,10 +151,13 @@ class ClipReader:
 
     def _contents(self, videos: Iterable[Video | None]) -> Iterator[tuple[Video | None, bytes | DecodeError]]:
         state = pickle.dumps(self.filesystem)
-        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+        pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
+        try:
             jobs = [(v, pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None) for v in videos]
             for video, job in jobs:
                 yield video, job.result() if job else b""
+        finally:  # where one fails, the others' tries of the same storage are not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def decode(self, content: bytes, plans: Sequence[View], out: npt.NDArray[np.uint8]) -> None:
         """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""

@@ -135,7 +135,8 @@ class Feed:
 
 def read_here(reader: ClipReader, parts: Sequence[Part], rows: int, *, threads: int = 2) -> Iterator[Columns]:
     """`Pull` without Ray: threads of this process read ahead (the decoder releases the interpreter's lock)."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         waiting: deque[Future[Columns]] = deque()
         left: list[Columns] = []
         for part in [*parts, *[None] * threads]:
@@ -146,6 +147,8 @@ def read_here(reader: ClipReader, parts: Sequence[Part], rows: int, *, threads: 
                 yield from _whole(left, rows)
         if left and len(left[0]["sample"]):
             yield _joined(left)
+    finally:  # one that is not read to its end may be let go by any thread, one of the pool's too: it waits for none
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _whole(left: list[Columns], rows: int) -> Iterator[Columns]:
