@@ -127,8 +127,19 @@ def config_of(url: str, storage: str, name: str, most: int, **train: object) -> 
 Fault = Callable[[Place, Training], None]
 
 
+def _working_now(here: Place):
+    return next((node for node in here.cluster.nodes if here.cluster.workers(node)), None)
+
+
 def _working(here: Place):
-    return next(node for node in here.cluster.nodes if here.cluster.workers(node))
+    """A node with a Train worker; there is none while a run recovers or takes another size."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        node = _working_now(here)
+        if node is not None:
+            return node
+        time.sleep(0.1)
+    raise AssertionError("no Train worker was seen")
 
 
 def kill_a_worker(here: Place, training: Training) -> None:
@@ -193,8 +204,9 @@ def have_the_store_refuse(here: Place, training: Training) -> None:
 def kill_a_node_and_a_worker(here: Place, training: Training) -> None:
     """Two at once."""
     kill_a_node(here, training)
-    with contextlib.suppress(StopIteration):
-        kill_a_worker(here, training)
+    other = _working_now(here)
+    if other is not None:
+        here.cluster.kill_worker(other)
 
 
 def kill_a_worker_while_the_store_is_away(here: Place, training: Training) -> None:
