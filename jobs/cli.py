@@ -210,6 +210,8 @@ class ProgressLine:
 
 def describe(name: str, event: Mapping[str, Any]) -> str:
     """An event in words."""
+    if "features" in event:
+        return f"{name}  features  {event['features']}"
     parts = [f"{name}  epoch {event['epoch']}/{event['epochs']}  step {event['step']}/{event['steps']}"]
     parts += [f"{key} {event[key]:.4f}" for key in ("loss", "top1") if key in event]
     parts.append(f"{event['clips_per_second']:.1f} clips/s  data wait {100 * event['data_wait_fraction']:.0f} %")

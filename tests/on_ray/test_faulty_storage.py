@@ -8,7 +8,7 @@ import pytest
 from tests import support
 from tests.proxy import proxy
 from vidfuse.config import DataConfig
-from vidfuse.data import clips
+from vidfuse.data import ranges
 from vidfuse.data.clips import ClipReader, parts_of
 from vidfuse.data.shards import read_index, read_manifest
 from vidfuse.on_ray.storage import join, open_storage, read_bytes, write_bytes
@@ -78,11 +78,11 @@ def test_a_truncated_shard_costs_the_videos_behind_its_end(url):
     end = int(index.offset[lost[0]] + index.size[lost[0]] - 1)
     try:
         write_bytes(filesystem, path, content[:end])
-        clips._open.cache_clear()  # an open file knows its size from before
+        ranges._open.cache_clear()  # an open file knows its size from before
         _, found = read_all(url)
     finally:
         write_bytes(filesystem, path, content)
-        clips._open.cache_clear()
+        ranges._open.cache_clear()
     for sample in range(len(index)):
         broken = sample in lost
         assert found["weight"][sample] == (not broken) and bool(found["error"][sample]) == broken

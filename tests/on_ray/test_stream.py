@@ -168,7 +168,7 @@ def test_memory_is_bounded_with_four_times_as_much_data(packed):
     reader = ClipReader(packed.filesystem, packed.root, data, seed=0)
     samples = np.concatenate([np.arange(TRAIN)] * 8)
     parts = list(parts_of(packed.indices["train"], samples, 2, epoch=0))
-    assert sum(len(p.videos) for p in parts) * reader.clip_bytes > 4 * data.buffer_bytes
+    assert sum(len(p.videos) for p in parts) * reader.row_bytes > 4 * data.buffer_bytes
     before, most, rows = plasma_mib(), 0.0, 0
     for columns in pull_through_ray(data, workers=1)(reader, parts, 2):
         rows += len(columns["sample"])

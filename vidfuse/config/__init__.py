@@ -1,7 +1,7 @@
 """The one config tree: what a run is, field by field, with units and bounds."""
 
 from vidfuse.config.augment import Augment, Blur, Erasing, Jitter, Mixing, RandAugment, Temporal
-from vidfuse.config.data import Curriculum, DataConfig, QualityConfig
+from vidfuse.config.data import Curriculum, DataConfig, FeaturesConfig, QualityConfig
 from vidfuse.config.model import Adapters, Component, Lora, ModelConfig, Option, Stream
 from vidfuse.config.pack import LayoutConfig, PackConfig, TranscodeConfig
 from vidfuse.config.section import ConfigError, Section
@@ -21,6 +21,7 @@ __all__ = [
     "DataConfig",
     "Erasing",
     "EvaluateConfig",
+    "FeaturesConfig",
     "Jitter",
     "LayoutConfig",
     "Lora",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,12 @@ class DataConfig(Section):
     repeats: int = Field(1, ge=1)
     """Clips of each training video in its micro batch, decoded once, with frames and crops of their own (repeated augmentation,
     Hoffer et al. 2019, arXiv:1901.09335). Batches, steps and epochs count videos; memory and time grow with the clips."""
+    views: int | None = Field(None, ge=1)
+    """How many different clips are drawn of a training video, over all epochs: its uses take them in turn. `null`: each use draws anew;
+    `features=auto` makes it 1."""
+    features: Literal["off", "auto"] = "off"
+    """`auto`: frozen streams' tokens are taken from the cache that `python -m jobs.features` makes, of each training video's
+    `views` clips and of validation's; see the section `features`. `off`: the streams run on every clip."""
     weighting: str | None = None
     """How often each training sample is used in an epoch, which has as many uses as samples. `null`: once; `balanced`: each class equally
     often; else a CSV file (path or `s3://` URL) with the columns `key,value`: weights."""
@@ -70,6 +76,13 @@ class DataConfig(Section):
     unreadable_limit: float = Field(0.05, ge=0, le=1)
     """Share of an epoch's videos that may be unreadable before the run is stopped."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _views_are_finite(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("features") == "auto" and given.get("views") is None:
+            return {**given, "views": 1}
+        return given
+
     @model_validator(mode="after")
     def _ordered(self) -> DataConfig:
         check_range("crop_area", self.crop_area, 1.0)
@@ -79,7 +92,23 @@ class DataConfig(Section):
             raise ValueError(
                 f"augment.temporal.speed is at most 1 under sampling=uniform, which covers the video, given {fastest:g}"
             )
+        if self.views is not None and self.repeats > self.views:
+            raise ValueError(
+                f"repeats is {self.repeats}, and a video has only {self.views} different clips; raise views to that"
+            )
         return self
+
+
+class FeaturesConfig(Section):
+    """Where frozen streams' tokens are kept, and what is done where they are not."""
+
+    url: str | None = None
+    """Folder or `s3://` URL under which caches are kept. `null`: `features` below `run.storage`."""
+    absent: Literal["compute", "raw"] = "compute"
+    """What a training does where there is no cache: `compute` makes it first, `raw` runs the streams on every clip. One that was made
+    of other weights or another packed set is refused either way."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the numbers that are kept."""
 
 
 class QualityConfig(Section):

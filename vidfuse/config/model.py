@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from vidfuse.config.section import Section
 
@@ -65,6 +65,9 @@ class Stream(Component):
     trained_blocks: int | None = Field(None, ge=1)
     """How many of its last blocks are trained, and nothing else of it, where it is not frozen; how many of them have adapters
     and LoRA, where it is. `null`: all."""
+    grid: tuple[int, int, int] | None = None
+    """Cells (time, height, width) of the clip that the stream's tokens are averaged in; what comes after sees one token a cell. A class
+    token counts in its frame's centre; leave it out by the backbone's own `tokens`. `null`: tokens stay as they are."""
     weights: str | None = None
     """`null`: random from the seed; `pretrained`: the backbone's published weights; else a file: a path, an `s3://` or `https://` URL,
     `hf:OWNER/REPOSITORY[/FILE]`, `timm:MODEL` or `torchvision:NAME`. `...#sha256=HEX` states its hash."""
@@ -78,6 +81,13 @@ class Stream(Component):
     def trained(self) -> bool:
         """Whether any of it is: its own weights, or what is put into it."""
         return not self.frozen or bool(self.added)
+
+    @field_validator("grid")
+    @classmethod
+    def _has_cells(cls, grid: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if grid is not None and min(grid) < 1:
+            raise ValueError(f"a grid has at least one cell along time, height and width, given {grid}")
+        return grid
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> Stream:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from vidfuse.config.data import DataConfig, QualityConfig
+from vidfuse.config.data import DataConfig, FeaturesConfig, QualityConfig
 from vidfuse.config.model import ModelConfig, Stream
 from vidfuse.config.section import ConfigError, Section
 from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrainConfig
@@ -29,6 +29,7 @@ HARMLESS = (
     "data.block_bytes",
     "data.cpus_per_task",
     "data.unreadable_limit",
+    "data.features",
     "train.checkpoint_every_steps",
     "train.checkpoint_every_samples",
     "train.checkpoint_every_minutes",
@@ -44,6 +45,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Source of every random draw: weights, order, crops, dropout."""
     data: DataConfig = DataConfig()
+    features: FeaturesConfig = FeaturesConfig()
     model: ModelConfig = ModelConfig(motion=Stream(name="tiny_motion", frozen=False))
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -59,6 +61,22 @@ class Config(Section):
                     f"model.{name}.train_from_epoch is {stream.train_from_epoch}, but train.epochs is {self.train.epochs} "
                     "and epochs count from 0: it would never be trained; set frozen=true for that"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _caches_what_is_fixed(self) -> Config:
+        if self.data.features == "off":
+            return self
+        streams = [s for s in (self.model.semantic, self.model.motion) if s is not None]
+        if not any(stream.frozen and not stream.trained for stream in streams):
+            raise ValueError(
+                "data.features=auto keeps tokens of streams that stay as they are, and every stream of this model is trained; freeze "
+                "one, without adapters or lora, or set data.features=off"
+            )
+        if self.train.mixing is not None:
+            raise ValueError(
+                "train.mixing mixes clips, of which data.features=auto keeps tokens only; set one of them to null or off"
+            )
         return self
 
     def to_yaml(self) -> str:

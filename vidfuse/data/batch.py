@@ -1,12 +1,14 @@
 """What a loader hands to a step.
 
-Axes: B rows (a row is one view of one sample), T frames, C colour channels (3), H height, W width.
-Comes in: columns of a stream's block. Goes out: a `Batch` of uint8 clips; normalisation happens on the device.
+Axes: B rows (a row is one view of one sample), T frames, C colour channels (3), H height, W width, N tokens, D width of a token.
+Comes in: columns of a stream's block. Goes out: a `Batch` of uint8 clips, of cached tokens, or of both; normalisation happens on the
+device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -23,11 +25,20 @@ class SampleError:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Cached tokens of a stream."""
+
+    values: Float[Tensor, "B N D"]
+    positions: Float[Tensor, "N 3"]
+    """(time, height, width) of each token in the clip; on the CPU."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of clips with what a step needs to know of each."""
 
     clips: UInt8[Tensor, "B T C H W"]
-    """RGB, 0..255."""
+    """RGB, 0..255. T is 0 where the tokens of all streams are cached: nothing was decoded."""
     labels: Int[Tensor, " B"]
     """Class, 0..K-1; -1 where the split has no labels."""
     weights: Float[Tensor, " B"]
@@ -36,8 +47,11 @@ class Batch:
     """Row of the sample in its split's index; -1 for padding."""
     errors: tuple[SampleError, ...] = ()
     """Videos of this batch that could not be read; their rows are here with weight 0."""
+    features: Mapping[str, Features] = field(default_factory=dict)
+    """Cached tokens by stream."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with clips, labels and weights on `device` (`samples` stays on the CPU)."""
+        """The batch with clips, cached tokens, labels and weights on `device` (`samples` stays on the CPU)."""
         move = {n: getattr(self, n).to(device, non_blocking=True) for n in ("clips", "labels", "weights")}
-        return replace(self, **move)
+        features = {n: replace(f, values=f.values.to(device, non_blocking=True)) for n, f in self.features.items()}
+        return replace(self, **move, features=features)

@@ -1,9 +1,10 @@
 """Videos of shards to clips: what one reading task does.
 
 Comes in: a `Part` (which videos, for which epoch) and a file system. Goes out: columns of rows, a row being one view of one
-sample: in training one of its `data.repeats`, in testing one of its temporal and spatial views. Only the byte ranges of the
-wanted videos are read. A video that cannot be decoded, or that lies behind the end of a truncated shard, gives rows of weight 0
-and the reason; a file that cannot be read raises, since that is the storage's fault and not the video's.
+sample: in training one of its `data.repeats`, in testing one of its temporal and spatial views. A row is a clip, cached tokens of
+it, or both. Only the byte ranges of the wanted videos are read. A video that cannot be decoded, or that lies behind the end of a
+truncated shard, gives rows of weight 0 and the reason; a file that cannot be read raises, since that is the storage's fault and
+not the video's.
 
 Axes: R rows (videos x views), T frames, H = W = size.
 """
@@ -14,7 +15,6 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +24,15 @@ from vidfuse.config import DataConfig
 from vidfuse.data import augment
 from vidfuse.data.augment import Change
 from vidfuse.data.decode import DecodeError, decode_frames
+from vidfuse.data.features import BITS, FeatureSet
 from vidfuse.data.flips import NEVER, Classes
+from vidfuse.data.ranges import read_range
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
 from vidfuse.data.shards import SplitIndex
 from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
 
 FETCHES_AT_ONCE = 8
 """Byte ranges that a reading task asks of the storage at the same time."""
-READS = 3
-"""Tries of a byte range, beyond those of the file system: a connection that is lost within the answer is no error to pyarrow."""
 CROPS, FRAMES, CHANGES = 1, 2, 3
 """Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows, and
 after its first use in a weighted epoch the number of the use."""
@@ -100,6 +100,10 @@ class ClipReader:
     """Whether each view in testing is followed by its mirror image."""
     mirrored: Classes | None = None
     """[K] class of a class's mirrored clip, `NEVER` if it has none. `None`: labels name no sides."""
+    features: tuple[FeatureSet, ...] = ()
+    """Cached tokens that come with, or in the place of, the clips."""
+    decodes: bool = True
+    """Whether clips are wanted."""
 
     def views(self, epoch: int | None) -> int:
         """Rows of one video; `None`: in testing."""
@@ -110,23 +114,28 @@ class ClipReader:
         return len(part.videos) * self.views(part.epoch)
 
     @property
-    def clip_bytes(self) -> int:
-        """Bytes of one row's clip."""
-        return self.data.frames * self.data.size**2 * 3
+    def row_bytes(self) -> int:
+        """Bytes of one row: its clip and cached tokens."""
+        clip = self.data.frames * self.data.size**2 * 3 if self.decodes else 0
+        return clip + sum(of.row_bytes for of in self.features)
 
     def read(self, part: Part) -> Columns:
         """Read, decode, crop and resize the videos of a part.
 
         Returns:
-            `clip` uint8 [R, T, H, W, 3]; `label` int64 [R] (-1: none); `weight` float32 [R] (0: padding or unreadable);
-            `sample` int64 [R] (-1: padding); `error` str [R] (`shard\\tkey\\treason` or empty).
+            `clip` uint8 [R, T, H, W, 3], if it is wanted; `tokens.<stream>` bit patterns [R, N, D] of each cache; `label` int64 [R]
+            (-1: none); `weight` float32 [R] (0: padding or unreadable); `sample` int64 [R] (-1: padding); `error` str [R]
+            (`shard\\tkey\\treason` or empty).
 
         Raises:
             OSError: the storage does not give the bytes, after its own retries.
         """
         views, rows, size = self.views(part.epoch), self.rows(part), self.data.size
+        clips = {"clip": np.zeros((rows, self.data.frames, size, size, 3), np.uint8)} if self.decodes else {}
+        cached = {column_of(of): np.zeros((rows, *of.row_shape), BITS[of.precision]) for of in self.features}
         out: Columns = {
-            "clip": np.zeros((rows, self.data.frames, size, size, 3), np.uint8),
+            **clips,
+            **cached,
             "label": np.full(rows, -1, np.int64),
             "weight": np.zeros(rows, np.float32),
             "sample": np.full(rows, PADDING, np.int64),
@@ -142,14 +151,43 @@ class ClipReader:
             try:
                 if isinstance(content, DecodeError):
                     raise content
-                self.decode(content, plans, out["clip"][place])
+                if self.decodes:
+                    self.decode(content, plans, out["clip"][place])
                 out["weight"][place] = 1
             except DecodeError as error:
                 out["clip"][place] = 0
                 out["error"][place] = f"{video.shard}\t{video.key}\t{error}"
+        for of in self.features:
+            self._read_features(of, part, out)
         return out
 
+    def _read_features(self, of: FeatureSet, part: Part, out: Columns) -> None:
+        """Fill the column of a cache; a row that was unreadable when it was cached is so now."""
+        views, column = self.views(part.epoch), out[column_of(of)]
+        wanted = [
+            (number * views + repeat, 0 if part.epoch is None else self.view(video, part.epoch, repeat), video.sample)
+            for number, video in enumerate(part.videos)
+            if video is not None
+            for repeat in range(1 if part.epoch is None else views)
+        ]
+        pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
+        try:
+            jobs = [(row, pool.submit(of.read, draw, sample)) for row, draw, sample in wanted]
+            for row, job in jobs:
+                bits, reason = job.result()
+                place = slice(row, row + of.views)
+                if not reason:
+                    column[place] = bits
+                    continue
+                out["weight"][place] = 0
+                out["error"][place] = [before or reason for before in out["error"][place]]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def _contents(self, videos: Iterable[Video | None]) -> Iterator[tuple[Video | None, bytes | DecodeError]]:
+        if not self.decodes:
+            yield from ((video, b"") for video in videos)
+            return
         state = pickle.dumps(self.filesystem)
         pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
         try:
@@ -182,7 +220,10 @@ class ClipReader:
         if epoch is not None:
             for repeat in range(data.repeats):
                 again = (repeat, video.use) if video.use else (repeat,) if repeat else ()
-                yield self._drawn(video, epoch, *again)
+                if data.views is None:
+                    yield self._drawn(video, epoch, *again)
+                else:
+                    yield self._drawn(video, self.view(video, epoch, repeat))
             return
         for clip in range(self.clips):
             numbers = frame_numbers(
@@ -194,6 +235,11 @@ class ClipReader:
                 if self.flip:
                     yield View(numbers, replace(box, mirrored=True), video.label)
 
+    def view(self, video: Video, epoch: int, repeat: int) -> int:
+        """Which of a training video's `data.views` clips a use of it in an epoch is; that of number v is drawn as epoch v would."""
+        assert self.data.views is not None
+        return (epoch * self.data.repeats + repeat + video.use) % self.data.views
+
     def _drawn(self, video: Video, epoch: int, *draw: int) -> View:
         data = self.data
         frames, crops, changes = (generator(self.seed, epoch, video.sample, p, *draw) for p in (FRAMES, CROPS, CHANGES))
@@ -204,6 +250,11 @@ class ClipReader:
         box = random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=flip, rng=crops)
         label = image if box.mirrored else video.label
         return View(numbers, box, label, augment.draw(data.augment, data.size, changes))
+
+
+def column_of(features: FeatureSet) -> str:
+    """The column of a cache's tokens."""
+    return f"tokens.{features.stream}"
 
 
 def _video(index: SplitIndex, number: int) -> Video | None:
@@ -219,35 +270,11 @@ def _video(index: SplitIndex, number: int) -> Video | None:
     )
 
 
-@lru_cache(maxsize=256)
-def _open(filesystem: bytes, path: str) -> Any:
-    """An open shard, kept for the life of the reading process: byte ranges of it cost one request each."""
-    return _filesystem(filesystem).open_input_file(path)
-
-
-@lru_cache(maxsize=8)
-def _filesystem(state: bytes) -> Any:
-    return pickle.loads(state)  # noqa: S301  (what this very process, or its driver, pickled; never bytes from storage)
-
-
 def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes | DecodeError:
-    """A byte range of a shard, or why it is not there.
+    """A video of a shard, or why it is not there.
 
     Raises:
         OSError: the storage does not give it.
     """
-    for attempt in range(READS):
-        shard = (
-            _open(filesystem, path) if attempt == 0 else _filesystem(filesystem).open_input_file(path)
-        )  # it may be another now
-        if offset + size > shard.size():
-            return DecodeError(f"the shard ends at byte {shard.size()}, this video at {offset + size}: it is truncated")
-        try:
-            content: bytes = shard.read_at(size, offset)
-        except OSError:
-            if attempt + 1 == READS:
-                raise
-            continue
-        if len(content) == size:
-            return content
-    raise OSError(f"{path}: {size} bytes wanted at {offset}, {len(content)} came, {READS} times")
+    content = read_range(filesystem, path, offset, size)
+    return content if content is not None else DecodeError(f"the shard ends before byte {offset + size}: it is truncated")

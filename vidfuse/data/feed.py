@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from vidfuse.config import Config
-from vidfuse.data.batch import Batch, SampleError
-from vidfuse.data.clips import ClipReader, Columns, Part, parts_of
+from vidfuse.data.batch import Batch, Features, SampleError
+from vidfuse.data.clips import ClipReader, Columns, Part, column_of, parts_of
 from vidfuse.data.draws import Draws, Uses
+from vidfuse.data.features import FeatureSet
 from vidfuse.data.flips import mirrored_classes
 from vidfuse.data.sampling import Samples, World, epoch_order, rank_rows, steps_of
 from vidfuse.data.shards import Manifest, SplitIndex
@@ -49,6 +50,8 @@ class PackedSet:
     indices: dict[str, SplitIndex]
     draws: Draws = field(default_factory=Draws)
     """How often training samples are used."""
+    features: Mapping[str, Mapping[str, FeatureSet]] = field(default_factory=dict)
+    """Caches by split and stream."""
 
 
 class Feed:
@@ -91,12 +94,12 @@ class Feed:
         The views of a sample follow each other; under `flip` each is followed by its mirror image.
         """
         index = self.packed.indices[split]
-        reader = self._reader(clips, crops, flip)
+        reader = self._reader(split, clips, crops, flip)
         per_part = self._videos_per_part(reader, micro_batch, views=reader.views(None))
         world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
         mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
         parts = list(parts_of(index, mine, per_part, epoch=None))
-        return (_batch(columns) for columns in self._pull(reader, parts, micro_batch))
+        return (_batch(columns, reader) for columns in self._pull(reader, parts, micro_batch))
 
     def close(self) -> None:
         """Let go of a stream that is not read to its end."""
@@ -105,7 +108,7 @@ class Feed:
             self._stream = None
 
     def _open(self, epoch: int, left: Samples) -> Generator[Batch, None, None]:
-        reader = self._reader(1, 1)
+        reader = self._reader(self.config.data.train_split)
         views = self.config.data.repeats
         rows = self.world.micro_batch * views
         first = True
@@ -117,18 +120,32 @@ class Feed:
                 parts += parts_of(self.packed.indices[self.config.data.train_split], mine, per_part, epoch=epoch)
                 first, epoch = False, epoch + 1
             for columns in self._pull(reader, parts, rows):
-                yield _batch(columns)
+                yield _batch(columns, reader)
 
-    def _reader(self, clips: int, crops: int, flip: bool = False) -> ClipReader:
+    def _reader(self, split: str, clips: int = 1, crops: int = 1, flip: bool = False) -> ClipReader:
+        """The reader of a split; testing views are cached for one clip and one crop alone."""
         packed, config = self.packed, self.config
         mirrored = mirrored_classes(packed.manifest.classes)
-        return ClipReader(packed.filesystem, packed.root, config.data, config.seed, clips, crops, flip, mirrored)
+        cached = {} if (clips, crops, flip) != (1, 1, False) else packed.features.get(split, {})
+        streams = [name for name in ("semantic", "motion") if getattr(config.model, name) is not None]
+        return ClipReader(
+            packed.filesystem,
+            packed.root,
+            config.data,
+            config.seed,
+            clips,
+            crops,
+            flip,
+            mirrored,
+            features=tuple(cached[name] for name in sorted(cached)),
+            decodes=any(name not in cached for name in streams),
+        )
 
     def _videos_per_part(self, reader: ClipReader, batch_rows: int, *, views: int) -> int:
         """As many videos as a block holds, in whole micro batches; a worker's share of the buffer has room for several blocks."""
         data = self.config.data
         block = min(data.block_bytes, data.buffer_bytes // self.world.size // BLOCKS_AT_ONCE)
-        rows = max(block // reader.clip_bytes, 1)
+        rows = max(block // reader.row_bytes, 1)
         step = batch_rows // math.gcd(batch_rows, views)
         return max(rows // (step * views), 1) * step
 
@@ -166,15 +183,22 @@ def _joined(blocks: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _batch(columns: Columns) -> Batch:
+def _batch(columns: Columns, reader: ClipReader) -> Batch:
     errors = tuple(dict.fromkeys(SampleError(*str(e).split("\t", 2)) for e in columns["error"] if e))
+    clips = columns["clip"] if reader.decodes else np.zeros((len(columns["label"]), 0, 1, 1, 3), np.uint8)
     return Batch(
-        clips=_tensor(columns["clip"]).permute(0, 1, 4, 2, 3),
+        clips=_tensor(clips).permute(0, 1, 4, 2, 3),
         labels=_tensor(columns["label"]),
         weights=_tensor(columns["weight"]),
         samples=_tensor(columns["sample"]),
         errors=errors,
+        features={of.stream: _features(of, columns[column_of(of)]) for of in reader.features},
     )
+
+
+def _features(of: FeatureSet, bits: npt.NDArray[Any]) -> Features:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[of.precision]
+    return Features(_tensor(bits).view(dtype), torch.tensor(of.positions))
 
 
 def _tensor(values: npt.NDArray[Any]) -> Tensor:

@@ -23,9 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vidfuse.models import adapt, lockstep, select, weights
 from vidfuse.models.checks import check_share
+from vidfuse.models.grid import Grid, pool
 from vidfuse.models.layers import Normalize
 from vidfuse.models.parts import Backbone, Fused, Fusion, Interleaved, Stepwise, Tokens
 from vidfuse.models.precision import bfloat16_arithmetic
+
+Cached = Mapping[str, Tokens]
+"""Tokens by stream."""
 
 
 class LinearHead(nn.Module):
@@ -50,6 +54,7 @@ class Recognizer(nn.Module):
         fusion: Joins the streams' tokens.
         head: Classifies the feature.
         frozen: Streams that are not trained: no gradients, evaluation mode also under `train()`.
+        grids: Cells in which a stream's tokens are averaged (see `grid.pool`).
 
     Frozen streams that were given adapters or LoRA are `adapted`: these parts of them are trained, and gradients pass through the
     rest. `held` streams are trained later: for now they run as frozen ones do (see `hold`).
@@ -59,9 +64,16 @@ class Recognizer(nn.Module):
     """
 
     def __init__(
-        self, streams: Mapping[str, nn.Module], fusion: nn.Module, head: nn.Module, *, frozen: Collection[str] = ()
+        self,
+        streams: Mapping[str, nn.Module],
+        fusion: nn.Module,
+        head: nn.Module,
+        *,
+        frozen: Collection[str] = (),
+        grids: Mapping[str, Grid] | None = None,
     ) -> None:
         super().__init__()
+        self.grids = dict(grids or {})
         self.streams = nn.ModuleDict(streams)
         self.normalize = nn.ModuleDict({name: _normalizer(stream) for name, stream in streams.items()})
         self.fusion = fusion
@@ -78,18 +90,25 @@ class Recognizer(nn.Module):
         self.train(self.training)
 
     @overload
-    def forward(self, clips: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+    def forward(self, clips: Tensor, cached: Cached | None = None, *, return_attention: Literal[False] = False) -> Tensor: ...
     @overload
-    def forward(self, clips: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Mapping[str, Tensor]]: ...
     def forward(
-        self, clips: UInt8[Tensor, "B T C H W"], *, return_attention: bool = False
+        self, clips: Tensor, cached: Cached | None = None, *, return_attention: Literal[True]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+    def forward(
+        self, clips: UInt8[Tensor, "B T C H W"], cached: Cached | None = None, *, return_attention: bool = False
     ) -> Float[Tensor, "B K"] | tuple[Float[Tensor, "B K"], Mapping[str, Tensor]]:
         """Float32 logits, or with `return_attention` the pair of them and the fusion's attention by name.
 
         Arithmetic is that of the parameters' dtype (an engine may have cast them), or autocast's.
+
+        Args:
+            clips: What the streams see.
+            cached: What `tokens` gave of these clips; the streams that are here do not run.
+            return_attention: Whether attention is wanted.
         """
         with bfloat16_arithmetic(clips):
-            streams, exchanged = self._tokens_of_all(clips, return_attention)
+            streams, exchanged = self._tokens_of_all(clips, cached or {}, return_attention)
             fused: Fused = self.fusion(streams, return_attention=return_attention)
             logits = self.head(fused.feature).float()
         return (logits, {**exchanged, **fused.attention}) if return_attention else logits
@@ -125,15 +144,50 @@ class Recognizer(nn.Module):
         self.held = frozenset(names)
         self.train(self.training)
 
-    def _tokens_of_all(self, clips: Tensor, return_attention: bool) -> tuple[dict[str, Tokens], Mapping[str, Tensor]]:
+    @torch.no_grad()
+    def tokens(self, name: str, clips: UInt8[Tensor, "B T C H W"]) -> Tokens:
+        """What a fixed stream says of clips, for `forward`'s `cached`.
+
+        Raises:
+            ValueError: it is not fixed (see `check_cacheable`).
+        """
+        self.check_cacheable([name])
+        with bfloat16_arithmetic(clips):
+            return self._tokens(name, clips)
+
+    @property
+    def cacheable(self) -> tuple[str, ...]:
+        """Streams whose tokens of a clip never change: frozen, nothing put into them, nothing exchanged on the way."""
+        return () if self.interleaved else tuple(sorted(self.frozen - self.adapted))
+
+    def check_cacheable(self, names: Collection[str]) -> None:
+        """Refuse streams whose tokens change while the model is trained.
+
+        Raises:
+            ValueError: one is trained, or streams run in step.
+        """
+        changing = sorted(set(names) - set(self.cacheable))
+        if changing and self.interleaved:
+            raise ValueError(
+                "the fusion exchanges between the streams' blocks, so that their tokens change while it is trained"
+            )
+        if changing:
+            raise ValueError(f"tokens of the {' and '.join(changing)} stream change while it is trained; only frozen ones stay")
+
+    def _tokens_of_all(
+        self, clips: Tensor, cached: Cached, return_attention: bool
+    ) -> tuple[dict[str, Tokens], Mapping[str, Tensor]]:
         """Tokens of each stream, and attention that was paid on the way."""
         if not self.interleaved:
-            return {name: self._tokens(name, clips) for name in self.streams}, {}
+            dtype = _dtype(self.fusion, self.head)
+            given = {name: replace(tokens, values=tokens.values.to(dtype)) for name, tokens in cached.items()}
+            return {name: given[name] if name in given else self._tokens(name, clips) for name in self.streams}, {}
+        self.check_cacheable(cached)
         streams, exchanges = _in_step(self)
         inputs = {name: self.normalize[name](clips, _dtype(self.streams[name])) for name in streams}
         tokens, seen = lockstep.run_in_step(streams, inputs, exchanges, run=self._step, return_attention=return_attention)
         dtype = _dtype(self.fusion, self.head)
-        return {name: replace(t, values=t.values.to(dtype)) for name, t in tokens.items()}, seen
+        return {name: self._pooled(name, replace(t, values=t.values.to(dtype))) for name, t in tokens.items()}, seen
 
     def _step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A step of streams that run in step, computed again in backward if so wished."""
@@ -145,7 +199,13 @@ class Recognizer(nn.Module):
         stream = self.streams[name]
         with torch.no_grad() if name in (self.frozen - self.adapted) | self.held else nullcontext():
             tokens: Tokens = stream(self.normalize[name](clips, _dtype(stream)))
-        return replace(tokens, values=tokens.values.to(_dtype(self.fusion, self.head)))
+        return self._pooled(name, replace(tokens, values=tokens.values.to(_dtype(self.fusion, self.head))))
+
+    def _pooled(self, name: str, tokens: Tokens) -> Tokens:
+        try:
+            return pool(tokens, self.grids[name]) if name in self.grids else tokens
+        except ValueError as error:
+            raise ValueError(f"{name}.grid: {error}") from None
 
     def _added(self, names: Collection[str]) -> list[nn.Module]:
         return [part for name in sorted(names) for part in adapt.added(self.streams[name])]
@@ -180,8 +240,8 @@ def build_recognizer(
         classes: K.
         frames: T of a clip.
         size: Height and width of a clip, in pixels.
-        semantic: `{"name", "frozen", "trained_blocks", "weights", "options", "adapters", "lora"}` of the image stream; `weights` is
-            `None` (random), `"pretrained"`, a file or a published one (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of
+        semantic: `{"name", "frozen", "trained_blocks", "weights", "options", "adapters", "lora", "grid"}` of the image stream; `weights`
+            is `None` (random), `"pretrained"`, a file or a published one (see `weights.load`); of `trained_blocks`, if given, see `_fix`, of
             `adapters` and `lora` `adapt.extend`. `None`: no such stream.
         motion: The same of the video stream.
         fusion: `{"name", "options"}`.
@@ -205,7 +265,9 @@ def build_recognizer(
         fused = select.build("fusion", fusion["name"], widths=widths, streams=streams, **options)
     with _seeded(seed, "head"):
         head = LinearHead(cast(Fusion, fused).width, classes, head_dropout)
-    return Recognizer(streams, fused, head, frozen=[name for name, spec in wanted.items() if spec.get("frozen", True)])
+    frozen = [name for name, spec in wanted.items() if spec.get("frozen", True)]
+    grids = {name: tuple(spec["grid"]) for name, spec in wanted.items() if spec.get("grid") is not None}
+    return Recognizer(streams, fused, head, frozen=frozen, grids=grids)
 
 
 def parameter_table(model: Recognizer) -> list[Part]:

@@ -11,8 +11,8 @@ import logging
 import math
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, SplitIndex, check_classes, read_index, read_manifest
 from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer
+from vidfuse.on_ray import features
+from vidfuse.on_ray.featurizing import compute
 from vidfuse.on_ray.monitor import Monitor
 from vidfuse.on_ray.recovery import QuickTorchConfig, keep_statistics_here
 from vidfuse.on_ray.runs import RunFolder
@@ -174,7 +176,10 @@ def check(config: Config) -> PackedSet:
     folder = RunFolder.of(config.run)
     last, _ = folder.choose("last", (STATE,))
     state = None if last is None else folder.state(last)
-    check_reachable(check_model(config, state))
+    model = check_model(config, state)
+    check_reachable(model)
+    if config.data.features != "off":
+        features.check(config, model)
     if state is not None:
         check_matches(state, config, manifest=packed.manifest, frozen=state.frozen, draws=packed.draws.digest)
     return packed
@@ -197,6 +202,8 @@ def check_model(config: Config, state: State | None = None) -> Recognizer:
             model = started(config, local)[0] if state is None else continued(config, state.start, local)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    if model.grids:
+        features.check_grids(config, model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     limit = config.model.max_trainable_parameters
     if not trainable:
@@ -241,9 +248,11 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     if done is not None:
         return done
     room = resources(config)
+    places = features_of(config, on_progress)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    settings = {"config": config.model_dump(mode="json"), "facts": dict(facts), "monitor": monitor}
+    used = {f"features of {stream}, {split}": url for split, some in places.items() for stream, url in some.items()}
+    settings = {"config": config.model_dump(mode="json"), "facts": {**facts, **used}, "monitor": monitor, "features": places}
     keep_statistics_here()
     trainer = Trainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
@@ -257,6 +266,23 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     if fault is not None:
         raise RunError(fault)
     return RunFolder.of(config.run).json("result.json") or {}
+
+
+def features_of(config: Config, on_progress: Progress) -> features.Places:
+    """The caches that a run uses; those that are missing are made first, if the config has it so. Ray is running.
+
+    Raises:
+        DataError: one is stale.
+        StorageError: its place cannot be used.
+    """
+    if config.data.features == "off":
+        return {}
+    packed = open_set(config)
+
+    def make(missing: Sequence[features.Cache]) -> None:
+        compute(config, packed, check_model(config), missing, lambda done: on_progress({"features": done.line()}))
+
+    return features.provide(config, packed, make)
 
 
 def finished(config: Config) -> dict[str, Any] | None:
@@ -301,7 +327,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             RunFolder.of(config.run).records(records)
         feed = Feed(
             config,
-            open_set(config),
+            replace(open_set(config), features=features.opened(settings["features"])),
             World(worker.world_size, worker.rank, train.global_batch, train.micro_batch),
             pull_through_ray(config.data, workers=worker.world_size),
         )

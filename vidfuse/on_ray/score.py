@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import ray.train
 import ray.train.torch
-import torch
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from vidfuse.config import Config
@@ -33,11 +32,8 @@ from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
 from vidfuse.train.checkpoint import load_weights, read_state
 from vidfuse.train.errors import RunError
-from vidfuse.train.model import continued
+from vidfuse.train.model import DTYPES, continued
 from vidfuse.train.validate import Scored, score
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Arithmetic of scoring: that of training."""
 
 
 def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:

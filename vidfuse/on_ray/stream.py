@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ class ClipDatasource(Datasource):
 
     reader: ClipReader
     parts: Sequence[Part]
+    numbers: Sequence[int] = ()
+    """If given: of the parts, which rows carry in a column `part`."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -73,20 +76,20 @@ class ClipDatasource(Datasource):
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all decoded clips."""
-        return sum(self.reader.rows(part) for part in self.parts) * self.reader.clip_bytes
+        return sum(self.reader.rows(part) for part in self.parts) * self.reader.row_bytes
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
     ) -> list[ReadTask]:
         """One task a part, whatever `parallelism` says: a block must hold whole micro batches."""
         return [
-            ReadTask(_Read(self.reader, part), self._metadata(part), per_task_row_limit=per_task_row_limit)
-            for part in self.parts
+            ReadTask(_Read(self.reader, part, number), self._metadata(part), per_task_row_limit=per_task_row_limit)
+            for part, number in zip_longest(self.parts, self.numbers)
         ]
 
     def _metadata(self, part: Part) -> BlockMetadata:
         rows = self.reader.rows(part)
-        return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.clip_bytes, input_files=None, exec_stats=None)
+        return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.row_bytes, input_files=None, exec_stats=None)
 
 
 def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]:
@@ -97,7 +100,7 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
         if not parts:
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        block = max(reader.rows(part) for part in parts) * reader.clip_bytes
+        block = max(reader.rows(part) for part in parts) * reader.row_bytes
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
             concurrency=min(max(share // (3 * block), 2), len(parts)),
@@ -123,14 +126,15 @@ class _Read:
 
     reader: ClipReader
     part: Part
+    number: int | None = None
 
     def __call__(self) -> Iterator[Block]:
         columns = self.reader.read(self.part)
-        arrays = {name: values for name, values in columns.items() if name not in ("clip", "error")}
-        yield pa.table(
-            {
-                "clip": ArrowTensorArray.from_numpy(columns["clip"]),
-                **{name: pa.array(values) for name, values in arrays.items()},
-                "error": pa.array(np.asarray(columns["error"], object), pa.string()),
-            }
-        )
+        if self.number is not None:
+            columns["part"] = np.full(len(columns["sample"]), self.number, np.int64)
+        errors = pa.array(np.asarray(columns.pop("error"), object), pa.string())
+        arrays = {
+            name: ArrowTensorArray.from_numpy(values) if values.ndim > 1 else pa.array(values)
+            for name, values in columns.items()
+        }
+        yield pa.table({**arrays, "error": errors})

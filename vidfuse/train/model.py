@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from vidfuse.config import Config, Stream
 from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer, build_recognizer
 from vidfuse.models.start import restart, start
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of `train.precision`."""
 
 
 def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
@@ -28,7 +33,7 @@ def model_of(config: Config, local: Callable[[str], str] = str) -> Recognizer:
     def stream(part: Stream | None) -> dict[str, Any] | None:
         if part is None:
             return None
-        given = part.model_dump(include={"name", "frozen", "trained_blocks", "adapters", "lora"})
+        given = part.model_dump(include={"name", "frozen", "trained_blocks", "adapters", "lora", "grid"})
         return given | {"options": part.options, "weights": None if part.weights is None else local(part.weights)}
 
     model = build_recognizer(

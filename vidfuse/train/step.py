@@ -20,6 +20,7 @@ from vidfuse.data.batch import Batch
 from vidfuse.data.mixing import Pair, mix, pairs
 from vidfuse.data.sampling import World
 from vidfuse.train.engine import Engine
+from vidfuse.train.forward import forward
 from vidfuse.train.loss import Loss, soft_targets
 
 
@@ -96,7 +97,7 @@ def train_step(
         if train.mixing is not None:
             place = (number * world.size + world.rank) * world.micro_batch
             mixed = mix(batch, _pairs(micro_batches[number], train.mixing, place, world, (seed, step)))
-        logits = engine(batch.clips if mixed is None else mixed.clips)
+        logits = forward(engine, batch, None if mixed is None else mixed.clips)
         targets = batch.labels if mixed is None else soft_targets(batch.labels, mixed.others, mixed.shares, logits.shape[-1])
         losses = loss(logits, targets) * batch.weights
         engine.backward(losses.sum() * scale)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from vidfuse.data.batch import Batch, SampleError
 from vidfuse.data.flips import Classes
 from vidfuse.evaluate.metrics import Scores, average_views, scores
+from vidfuse.train.forward import forward
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    model: Callable[[torch.Tensor], torch.Tensor],
+    model: Callable[..., torch.Tensor],
     batches: Iterable[Batch],
     labels: npt.NDArray[np.int64],
     *,
@@ -55,7 +56,7 @@ def score(
     """Score a split.
 
     Args:
-        model: clips to logits, in evaluation mode.
+        model: a recogniser, in evaluation mode, on `device`.
         batches: this rank's share; every rank has as many.
         labels: [N] of the whole split.
         classes: K.
@@ -74,7 +75,7 @@ def score(
     for batch in batches:
         real = batch.samples >= 0
         samples = batch.samples[real].to(device)
-        logits = model(batch.clips.to(device)).float()
+        logits = forward(model, batch.to(device)).float()
         if mirrored is not None:
             turned = (torch.arange(len(logits), device=device) + seen) % 2 == 1
             logits = torch.where(turned[:, None], logits[:, torch.from_numpy(mirrored).to(device)], logits)

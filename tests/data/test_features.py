@@ -1,0 +1,168 @@
+"""Rows of cached tokens: where they are, what an unreadable one is; and which of its clips a video shows."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import fs as pafs
+from safetensors.torch import load_file
+
+from tests.data.test_repeats import reader_of, videos  # noqa: F401
+from vidfuse.config import ConfigError, from_mapping
+from vidfuse.data.clips import Part
+from vidfuse.data.features import (
+    BITS,
+    MANIFEST,
+    NAN,
+    PART_VIDEOS,
+    FeatureManifest,
+    PartRecord,
+    Recipe,
+    encode_part,
+    open_features,
+    part_name,
+    parts_of_draw,
+)
+from vidfuse.data.shards import DataError, dump_record
+
+RECIPE = Recipe(stream="motion", split="train", choices={"frames": 4}, content={"weights": "a" * 64, "packed set": "b"})
+TOKENS, WIDTH, SAMPLES, DRAWS = 3, 4, PART_VIDEOS + 5, 2
+
+
+def numbers(draw: int, sample: int) -> np.ndarray:
+    return np.arange(TOKENS * WIDTH, dtype=np.float32).reshape(TOKENS, WIDTH) + 100 * sample + 10_000 * draw
+
+
+@pytest.fixture(params=["bf16", "fp32"])
+def cache(tmp_path, request):
+    """Two draws of a split, two parts each; sample 7 could not be read."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[request.param]
+    records, header = [], 0
+    for draw in range(DRAWS):
+        for first in range(0, SAMPLES, PART_VIDEOS):
+            rows = np.stack([numbers(draw, first + row) for row in range(PART_VIDEOS)])
+            bits = torch.from_numpy(rows).to(dtype).view(torch.int16 if request.param == "bf16" else torch.int32).numpy()
+            bits = bits.view(BITS[request.param])
+            unreadable = {7: "s\tk\tbroken"} if first == 0 else {}
+            for row in unreadable:
+                bits[row] = NAN[request.param]
+            content, header = encode_part(bits, request.param)
+            name = part_name(len(records))
+            (tmp_path / f"{name}.safetensors").write_bytes(content)
+            records.append(PartRecord(name=f"{name}.safetensors", bytes=len(content), sha256="", unreadable=unreadable))
+            (tmp_path / f"{name}.json").write_bytes(dump_record(records[-1]))
+    manifest = FeatureManifest(
+        recipe=RECIPE,
+        samples=SAMPLES,
+        draws=DRAWS,
+        views=1,
+        tokens=TOKENS,
+        width=WIDTH,
+        precision=request.param,
+        positions=((0.5, 0.5, 0.5),) * TOKENS,
+        header_bytes=header,
+        parts=tuple(records),
+    )
+    (tmp_path / MANIFEST).write_bytes(dump_record(manifest))
+    return tmp_path, request.param
+
+
+def values_of(bits: np.ndarray, precision: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(bits)).view({"bf16": torch.bfloat16, "fp32": torch.float32}[precision]).float()
+
+
+def test_a_row_is_that_of_its_video_and_draw(cache):
+    root, precision = cache
+    features, _ = open_features(pafs.LocalFileSystem(), str(root))
+    assert parts_of_draw(SAMPLES) == 2
+    for draw in range(DRAWS):
+        for sample in (0, 1, PART_VIDEOS - 1, PART_VIDEOS, SAMPLES - 1):
+            bits, reason = features.read(draw, sample)
+            assert reason == "" and bits.shape == (1, TOKENS, WIDTH)
+            torch.testing.assert_close(
+                values_of(bits, precision)[0], torch.from_numpy(numbers(draw, sample)), rtol=4e-3, atol=0
+            )
+
+
+def test_a_part_is_a_safetensors_file_that_anyone_can_read(cache):
+    root, precision = cache
+    tokens = load_file(root / f"{part_name(0)}.safetensors")["tokens"]
+    assert tokens.shape == (PART_VIDEOS, TOKENS, WIDTH)
+    assert tokens.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def test_an_unreadable_row_says_why(cache):
+    features, _ = open_features(pafs.LocalFileSystem(), str(cache[0]))
+    assert features.read(1, 7)[1] == "s\tk\tbroken"
+
+
+def test_a_part_that_was_cut_off_is_told(cache):
+    root, _ = cache
+    path = root / f"{part_name(1)}.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    features, _ = open_features(pafs.LocalFileSystem(), str(root))
+    with pytest.raises(DataError, match="is shorter than it was written; remove"):
+        features.read(0, 2 * PART_VIDEOS - 1)
+
+
+def test_another_format_is_told(cache):
+    path = cache[0] / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 1"):
+        open_features(pafs.LocalFileSystem(), str(cache[0]))
+
+
+def test_names_follow_what_is_asked_for_and_what_is_behind_it():
+    other_weights = RECIPE.model_copy(update={"content": {**RECIPE.content, "weights": "c" * 64}})
+    other_clips = RECIPE.model_copy(update={"choices": {"frames": 8}})
+    assert other_weights.folder == RECIPE.folder and other_weights.key != RECIPE.key
+    assert other_clips.folder != RECIPE.folder and other_clips.key == RECIPE.key
+    assert other_weights.differences(RECIPE) == [f"weights: {'a' * 12} there, {'c' * 12} now"]
+
+
+# --- which clip ---
+
+
+def test_epochs_show_the_clips_of_a_video_in_turn(videos):  # noqa: F811
+    root, rows = videos
+    anew, turns = reader_of(root, 1), reader_of(root, 1, views=2)
+    for epoch in range(4):
+        shown = turns.read(Part(epoch, rows[:2]))["clip"]
+        assert np.array_equal(shown, anew.read(Part(epoch % 2, rows[:2]))["clip"])
+
+
+def test_repeats_and_uses_take_the_next_clips(videos):  # noqa: F811
+    root, rows = videos
+    one, two = reader_of(root, 1, views=5), reader_of(root, 2, views=5)
+    clips = [one.read(Part(epoch, rows[:1]))["clip"][0] for epoch in range(5)]
+    again = rows[0]._replace(use=1)
+    shown = two.read(Part(1, (rows[0], again)))["clip"]
+    assert all(np.array_equal(a, clips[v]) for a, v in zip(shown, (2, 3, 3, 4), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"data": {"repeats": 3, "views": 2}}, "repeats is 3, and a video has only 2 different clips"),
+        ({"data": {"repeats": 2, "features": "auto"}}, "repeats is 2, and a video has only 1 different clips"),
+        ({"data": {"views": 0}}, "data.views"),
+        ({"data": {"features": "yes"}}, "data.features"),
+        ({"data": {"features": "auto"}}, "every stream of this model is trained"),
+        (
+            {"data": {"features": "auto"}, "model": {"motion": {"name": "tiny_motion"}}, "train": {"mixing": {}}},
+            "train.mixing mixes clips",
+        ),
+        ({"model": {"motion": {"name": "tiny_motion", "grid": [0, 1, 1]}}}, "at least one cell"),
+    ],
+)
+def test_configs_that_cannot_be(tree, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(tree)
+
+
+def test_features_make_the_number_of_clips_finite():
+    config = from_mapping({"data": {"features": "auto"}, "model": {"motion": {"name": "tiny_motion"}}})
+    assert config.data.views == 1

@@ -1,0 +1,214 @@
+"""Cached tokens of a stream that stays as it is: what a cache is made of, where its rows are, and reading them.
+
+A cache is a folder, of one stream, one split and one set of clips of its videos:
+
+    part-<number>.safetensors   `tokens` [rows, N, D], bfloat16 or float32; all parts are of one size
+    part-<number>.json          the part's own record, written after it: it is complete (`PartRecord`)
+    features.json               what it was made of, and its parts; written last (`FeatureManifest`)
+
+Rows come draw by draw (in training the `data.views` clips of a video are as many draws, in testing there is one), in a draw video by video
+in the order of the split's index, of a video view by view. A part has the rows of `PART_VIDEOS` videos of one draw; the last one of a draw is
+filled up. Since all rows are of one size, a row is a byte range. Rows of a video that could not be read are NaN throughout, and
+the part's record has the reason.
+
+Comes in: a pyarrow file system and the cache's folder on it. Goes out: rows as bit patterns (numpy has no bfloat16). Nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vidfuse.data.ranges import filesystem_of, read_range
+from vidfuse.data.shards import DataError, Frozen, parse_record
+
+FORMAT = 1
+"""Of a cache; raised, too, when a version of vidfuse makes other clips or tokens of the same videos."""
+MANIFEST = "features.json"
+PART_VIDEOS = 16
+"""Videos of a part: their clips are one block, of 38 MB at 16 x 224 x 224."""
+
+Precision = Literal["bf16", "fp32"]
+BITS: Mapping[Precision, type[np.unsignedinteger[Any]]] = {"bf16": np.uint16, "fp32": np.uint32}
+"""What a number is read as."""
+NAN: Mapping[Precision, int] = {"bf16": 0x7FC0, "fp32": 0x7FC00000}
+"""What the numbers of an unreadable row are."""
+
+
+class Recipe(Frozen):
+    """What decides the numbers of a cache."""
+
+    stream: str
+    split: str
+    choices: dict[str, Any]
+    """What a config asks for: backbone, clips, grid, precision."""
+    content: dict[str, str]
+    """What was behind the names in it: hashes of the weights and of the packed set."""
+
+    @property
+    def folder(self) -> str:
+        """Folder of the caches of these choices."""
+        return f"{self.split}-{self.stream}-{_hash([self.stream, self.split, self.choices])[:12]}"
+
+    @property
+    def key(self) -> str:
+        """Name of the cache in it."""
+        return _hash(self.content)[:16]
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What is behind the same names and differs: `weights: HASH there, HASH now`."""
+        names = sorted({*self.content, *other.content})
+        return [
+            f"{name}: {other.content.get(name, 'none')[:12]} there, {self.content.get(name, 'none')[:12]} now"
+            for name in names
+            if self.content.get(name) != other.content.get(name)
+        ]
+
+
+class PartRecord(Frozen):
+    """`part-<number>.json`: a part that is complete."""
+
+    name: str
+    bytes: int
+    sha256: str
+    unreadable: dict[int, str]
+    """By row of the part: `shard\\tkey\\treason`."""
+
+
+class FeatureManifest(Frozen):
+    """`features.json`."""
+
+    format: int = FORMAT
+    recipe: Recipe
+    samples: int
+    """Videos of the split."""
+    draws: int
+    views: int
+    """Rows of a video in a draw."""
+    tokens: int
+    """N."""
+    width: int
+    """D."""
+    precision: Precision
+    positions: tuple[tuple[float, float, float], ...]
+    """[N] (time, height, width) of each token."""
+    header_bytes: int
+    """Of a part, before its first row."""
+    parts: tuple[PartRecord, ...]
+    """Without the reasons."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A cache that is open; it travels to the reading tasks."""
+
+    filesystem: Any
+    root: str
+    stream: str
+    samples: int
+    draws: int
+    views: int
+    tokens: int
+    width: int
+    precision: Precision
+    header_bytes: int
+    positions: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.tokens * self.width * np.dtype(BITS[self.precision]).itemsize
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self.tokens, self.width
+
+    def read(self, draw: int, sample: int) -> tuple[npt.NDArray[Any], str]:
+        """The rows of a video in a draw: bit patterns [views, N, D], and why it could not be read (or "").
+
+        Raises:
+            OSError: the storage does not give them.
+            DataError: the part is shorter than it was.
+        """
+        number = draw * parts_of_draw(self.samples) + sample // PART_VIDEOS
+        row = sample % PART_VIDEOS * self.views
+        path = f"{self.root}/{part_name(number)}.safetensors"
+        state = _state(self.filesystem)
+        content = read_range(state, path, self.header_bytes + row * self.row_bytes, self.views * self.row_bytes)
+        if content is None:
+            raise DataError(
+                f"{path} is shorter than it was written; remove {self.root} and run `python -m jobs.features` again"
+            )
+        bits = np.frombuffer(content, BITS[self.precision]).reshape(self.views, *self.row_shape)
+        if bits[0, 0, 0] == NAN[self.precision] and (bits[0] == NAN[self.precision]).all():
+            return bits, _reasons(state, f"{self.root}/{part_name(number)}.json").get(row, "\t\tunreadable when it was cached")
+        return bits, ""
+
+
+def parts_of_draw(samples: int) -> int:
+    """Parts of a draw over so many videos."""
+    return -(-samples // PART_VIDEOS)
+
+
+def part_name(number: int) -> str:
+    """Of a part, without extension."""
+    return f"part-{number:06d}"
+
+
+def encode_part(bits: npt.NDArray[Any], precision: Precision) -> tuple[bytes, int]:
+    """A part's file and the bytes before its first row.
+
+    Args:
+        bits: [rows, N, D] bit patterns.
+        precision: What they are.
+    """
+    import torch  # reading tasks, which import this file too, do without: it takes them seconds
+    from safetensors.torch import save
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    content: bytes = save({"tokens": torch.from_numpy(np.array(bits)).view(dtype)})
+    return content, len(content) - bits.nbytes
+
+
+def open_features(filesystem: Any, root: str) -> tuple[FeatureSet, FeatureManifest]:
+    """Open a cache that is whole.
+
+    Raises:
+        FileNotFoundError: it is not.
+        DataError: it is of another format, or damaged.
+    """
+    with filesystem.open_input_file(f"{root}/{MANIFEST}") as file:
+        content = bytes(file.read())
+    made = json.loads(content).get("format") if content[:1] == b"{" else None
+    if made != FORMAT:
+        raise DataError(f"{root}/{MANIFEST} is of format {made}, this version of vidfuse reads {FORMAT}: make the cache anew")
+    manifest = parse_record(FeatureManifest, content, f"{root}/{MANIFEST}")
+    fields = {name: getattr(manifest, name) for name in ("samples", "draws", "views", "tokens", "width", "precision")}
+    opened = FeatureSet(
+        filesystem, root, manifest.recipe.stream, **fields, header_bytes=manifest.header_bytes, positions=manifest.positions
+    )
+    return opened, manifest
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _state(filesystem: Any) -> bytes:
+    return pickle.dumps(filesystem)
+
+
+@lru_cache(maxsize=64)
+def _reasons(filesystem: bytes, path: str) -> dict[int, str]:
+    with filesystem_of(filesystem).open_input_file(path) as file:
+        return parse_record(PartRecord, bytes(file.read()), path).unreadable

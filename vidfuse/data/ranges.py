@@ -1,0 +1,49 @@
+"""Byte ranges of files on a storage, as reading tasks ask for them.
+
+Comes in: a pickled pyarrow file system (tasks of one process share what they open), a path, a range. Goes out: its bytes; `None`
+where the file ends before it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from functools import lru_cache
+from typing import Any
+
+READS = 3
+"""Tries of a byte range, beyond those of the file system: a connection that is lost within the answer is no error to pyarrow."""
+
+
+def read_range(filesystem: bytes, path: str, offset: int, size: int) -> bytes | None:
+    """A byte range of a file.
+
+    Raises:
+        OSError: the storage does not give it.
+    """
+    for attempt in range(READS):
+        file = (
+            _open(filesystem, path) if attempt == 0 else filesystem_of(filesystem).open_input_file(path)
+        )  # it may be another now
+        if offset + size > file.size():
+            return None
+        try:
+            content: bytes = file.read_at(size, offset)
+        except OSError:
+            if attempt + 1 == READS:
+                raise
+            continue
+        if len(content) == size:
+            return content
+    raise OSError(f"{path}: {size} bytes wanted at {offset}, {len(content)} came, {READS} times")
+
+
+@lru_cache(maxsize=8)
+def filesystem_of(state: bytes) -> Any:
+    """The file system of a pickled one."""
+    return pickle.loads(state)  # noqa: S301  (what this very process, or its driver, pickled; never bytes from storage)
+
+
+@lru_cache(maxsize=256)
+def _open(filesystem: bytes, path: str) -> Any:
+    """An open file, kept for the life of the reading process: byte ranges of it cost one request each."""
+    return filesystem_of(filesystem).open_input_file(path)

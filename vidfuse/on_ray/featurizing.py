@@ -1,0 +1,268 @@
+"""Making caches of frozen streams' tokens: Ray Data reads and decodes clips, actors run the streams, tasks write parts.
+
+Comes in: a config, its packed set and the caches that are missing. Goes out: parts with their records, and each cache's manifest last.
+What was written stays: made again after a crash, only parts without a record are computed.
+
+A clip is decoded once for all streams. Memory: blocks of clips wait in the object store within `data.buffer_bytes`; a writing task
+holds one part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, ExecutionResources
+
+from vidfuse.config import Config
+from vidfuse.data.clips import ClipReader, Part, parts_of
+from vidfuse.data.features import (
+    BITS,
+    MANIFEST,
+    NAN,
+    PART_VIDEOS,
+    FeatureManifest,
+    PartRecord,
+    encode_part,
+    part_name,
+    parts_of_draw,
+)
+from vidfuse.data.feed import PackedSet
+from vidfuse.data.flips import mirrored_classes
+from vidfuse.data.sampling import PADDING
+from vidfuse.data.shards import DataError, dump_record, parse_record
+from vidfuse.models.parts import Tokens
+from vidfuse.models.recognizer import Recognizer
+from vidfuse.on_ray.features import Cache, find, shapes
+from vidfuse.on_ray.storage import join, list_files, open_storage, read_bytes, told_when_full, write_bytes
+from vidfuse.on_ray.stream import RETRIES, ClipDatasource
+from vidfuse.on_ray.tasks import Progress
+from vidfuse.on_ray.weights import local
+from vidfuse.train.model import DTYPES, started
+
+
+@dataclass(frozen=True)
+class Job:
+    """Caches of one split that are made together."""
+
+    caches: tuple[Cache, ...]
+    samples: int
+    draws: int
+    precision: Any
+
+    @property
+    def parts(self) -> int:
+        """Parts of each cache."""
+        return self.draws * parts_of_draw(self.samples)
+
+
+def compute(
+    config: Config, packed: PackedSet, model: Recognizer, caches: Sequence[Cache], on_progress: Callable[[Progress], None]
+) -> None:
+    """Make caches; Ray is running.
+
+    Args:
+        config: of the run.
+        packed: its packed set.
+        model: of the config, on the meta device.
+        caches: what is to be made.
+        on_progress: is called after each part.
+
+    Raises:
+        DataError: a stream gives numbers that are not finite.
+        StorageError: the place cannot be written.
+    """
+    tokens = shapes(config, model)
+    jobs = []
+    for split in dict.fromkeys(cache.recipe.split for cache in caches):
+        mine = tuple(cache for cache in caches if cache.recipe.split == split and find(cache) is None)
+        draws = (config.data.views or 1) if split == config.data.train_split else 1
+        if mine:
+            jobs.append(Job(mine, len(packed.indices[split]), draws, config.features.precision))
+    sizes = [sum(_row_bytes(tokens[c.recipe.stream].values.shape, config) for c in job.caches) for job in jobs]
+    videos = [job.samples * job.draws for job in jobs]
+    progress = Progress(sum(n * size for n, size in zip(videos, sizes, strict=True)), sum(videos))
+    for job, size in zip(jobs, sizes, strict=True):
+        records = {cache: _records(cache) for cache in job.caches}
+        todo = [n for n in range(job.parts) if any(n not in of for of in records.values())]
+        before = sum(_videos_of(job, n) for n in range(job.parts) if n not in set(todo))
+        progress.videos += before
+        progress.bytes += before * size
+        progress.bytes_before += before * size
+        for number, written in _make(config, packed, job, todo):
+            for cache, record in zip(job.caches, written, strict=True):
+                records[cache][number] = record
+            progress.videos += _videos_of(job, number)
+            progress.bytes += _videos_of(job, number) * size
+            progress.quarantined += len(written[0].unreadable)
+            on_progress(progress)
+        for cache, of in records.items():
+            _finish(cache, job, tokens[cache.recipe.stream], of)
+
+
+def _row_bytes(shape: Sequence[int], config: Config) -> int:
+    return int(np.prod(shape[-2:])) * np.dtype(BITS[config.features.precision]).itemsize
+
+
+def _videos_of(job: Job, number: int) -> int:
+    start = number % parts_of_draw(job.samples) * PART_VIDEOS
+    return min(PART_VIDEOS, job.samples - start)
+
+
+def _records(cache: Cache) -> dict[int, PartRecord]:
+    """Parts that an earlier try completed."""
+    filesystem, root = open_storage(cache.url, write=True)
+    found = list_files(filesystem, root)
+    records = {}
+    for name in found:
+        if name.endswith(".json") and name != MANIFEST:
+            record = parse_record(PartRecord, read_bytes(filesystem, join(root, name)), f"{cache.url}/{name}")
+            if found.get(record.name) == record.bytes:
+                records[int(name.removesuffix(".json").rpartition("-")[2])] = record
+    return records
+
+
+def _make(config: Config, packed: PackedSet, job: Job, todo: Sequence[int]) -> Iterator[tuple[int, tuple[PartRecord, ...]]]:
+    """Compute and write parts; their numbers and the records of each cache, as they come."""
+    if not todo:
+        return
+    split = job.caches[0].recipe.split
+    training = split == config.data.train_split
+    data = config.data.model_copy(update={"repeats": 1})
+    reader = ClipReader(packed.filesystem, packed.root, data, config.seed, mirrored=mirrored_classes(packed.manifest.classes))
+    parts: list[Part] = []
+    for number in todo:
+        draw, start = divmod(number, parts_of_draw(job.samples))
+        samples = np.full(PART_VIDEOS, PADDING, np.int64)
+        samples[: _videos_of(job, number)] = np.arange(_videos_of(job, number)) + start * PART_VIDEOS
+        parts += parts_of(packed.indices[split], samples, PART_VIDEOS, epoch=draw if training else None)
+    cluster = ray.cluster_resources()
+    gpus = int(cluster.get("GPU", 0))
+    actors = gpus or max(1, int(cluster.get("CPU", 1)) // 2)
+    block = PART_VIDEOS * reader.row_bytes
+    dataset = (
+        ray.data.read_datasource(
+            ClipDatasource(reader, parts, todo),
+            concurrency=min(max(data.buffer_bytes // (3 * block), 2), len(parts)),
+            override_num_blocks=len(parts),
+            num_cpus=data.cpus_per_task,
+        )
+        .map_batches(
+            _Streams,
+            fn_constructor_args=(config.model_dump(mode="json"), [cache.recipe.stream for cache in job.caches]),
+            batch_size=None,
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(min_size=1, max_size=actors),
+            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
+        )
+        .map_batches(_Write(job), batch_size=None, zero_copy_batch=True, num_cpus=data.cpus_per_task)
+    )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.retried_map_errors, context.max_map_retries = True, RETRIES
+    context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(data.buffer_bytes // 4, 4 * block))
+    for row in dataset.iter_rows():
+        yield int(row["part"]), tuple(parse_record(PartRecord, text.encode(), "a part") for text in row["records"])
+
+
+class _Streams:
+    """An actor that runs streams over blocks of clips."""
+
+    def __init__(self, tree: dict[str, Any], names: Sequence[str]) -> None:
+        config = Config.model_validate(tree)
+        self.config, self.names = config, names
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = started(config, local)[0].eval()
+        autocast = config.train.precision == "bf16" and config.train.zero_stage == 0  # as training does it
+        self.model.to(self.device, torch.float32 if autocast else DTYPES[config.train.precision])
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
+
+    def __call__(self, block: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        clips = torch.from_numpy(block["clip"]).permute(0, 1, 4, 2, 3)
+        columns = {column: block[column] for column in ("part", "sample", "weight", "error")}
+        with self.autocast:
+            return columns | {f"tokens.{name}": self._tokens(name, clips, block) for name in self.names}
+
+    def _tokens(self, name: str, clips: torch.Tensor, block: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        precision = self.config.features.precision
+        parts = [
+            self.model.tokens(name, some.to(self.device)).values.to(DTYPES[precision]).cpu()
+            for some in clips.split(self.config.train.micro_batch)
+        ]
+        values = torch.cat(parts)
+        lost = torch.from_numpy(block["weight"] == 0)
+        strange = ~torch.isfinite(values.float()).flatten(1).all(1) & ~lost
+        if strange.any():
+            sample = int(block["sample"][int(strange.nonzero()[0])])
+            raise DataError(
+                f"the {name} stream gives numbers that are not finite for sample {sample}; try train.precision=fp32, and check its weights"
+            )
+        bits = values.view(torch.int16 if precision == "bf16" else torch.int32).numpy().view(BITS[precision])
+        bits[lost.numpy()] = NAN[precision]
+        return bits
+
+
+@dataclass(frozen=True)
+class _Write:
+    """What a writing task does: a part of each cache, then its record."""
+
+    job: Job
+
+    def __call__(self, block: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        number = int(block["part"][0])
+        if len(block["part"]) != PART_VIDEOS or (block["part"] != number).any():
+            raise RuntimeError(
+                f"part {number} came as {len(block['part'])} rows of parts {sorted(set(block['part'].tolist()))}"
+            )
+        records = [self._write(cache, number, block) for cache in self.job.caches]
+        return {"part": np.array([number]), "records": np.array([records], object)}
+
+    def _write(self, cache: Cache, number: int, block: dict[str, npt.NDArray[Any]]) -> str:
+        filesystem, root = open_storage(cache.url, write=True)
+        content, _ = encode_part(block[f"tokens.{cache.recipe.stream}"], self.job.precision)
+        name = f"{part_name(number)}.safetensors"
+        record = PartRecord(
+            name=name,
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            unreadable={row: str(reason) for row, reason in enumerate(block["error"]) if reason},
+        )
+        with told_when_full(cache.url, " or raise the quota"):
+            write_bytes(filesystem, join(root, name), content)
+            write_bytes(filesystem, join(root, f"{part_name(number)}.json"), dump_record(record))
+        return dump_record(record).decode()
+
+
+def _finish(cache: Cache, job: Job, tokens: Tokens, records: dict[int, PartRecord]) -> None:
+    """Write the manifest, when all parts are there."""
+    filesystem, root = open_storage(cache.url)
+    _, count, width = tokens.values.shape
+    empty = np.zeros((PART_VIDEOS, count, width), BITS[job.precision])
+    manifest = FeatureManifest(
+        recipe=cache.recipe,
+        samples=job.samples,
+        draws=job.draws,
+        views=1,
+        tokens=count,
+        width=width,
+        precision=job.precision,
+        positions=tuple((t, y, x) for t, y, x in tokens.positions.tolist()),
+        header_bytes=encode_part(empty, job.precision)[1],
+        parts=tuple(records[number].model_copy(update={"unreadable": {}}) for number in range(job.parts)),
+    )
+    found = list_files(filesystem, root)
+    lost = [part.name for part in manifest.parts if found.get(part.name) != part.bytes]
+    if lost:
+        raise DataError(
+            f"{cache.url}: {lost[0]} was written by a worker and is not there as seen from here; every machine of the cluster has to see "
+            "the same folder: give an s3:// URL or a shared folder as features.url"
+        )
+    write_bytes(filesystem, join(root, MANIFEST), dump_record(manifest))
