@@ -49,7 +49,7 @@ def config(s3, ray_cluster, tmp_path_factory) -> Config:
         "model": {
             "semantic": {"name": "tiny_image", "grid": (4, 2, 2)},
             "motion": {"name": "tiny_motion"},
-            "fusion": {"name": "cross_attention", "width": 24, "heads": 2, "dropout": 0.1},
+            "fusion": {"name": "cross_attention", "width": 24, "heads": 2, "dropout": 0.0},
         },
         "train": {"epochs": 3, "global_batch": 8, "micro_batch": 4, "precision": "fp32", "zero_stage": 0, "log_every_steps": 1},
         "features": {"precision": "fp32"},
@@ -90,7 +90,9 @@ def places(config):
 
 
 def test_training_on_cached_tokens_is_training_on_clips(config, raw, places, tmp_path):
-    assert {split: sorted(some) for split, some in places.items()} == {key: ["motion", "semantic"] for key in ("train", "validation")}
+    assert {split: sorted(some) for split, some in places.items()} == {
+        key: ["motion", "semantic"] for key in ("train", "validation")
+    }
     found, notes = trained(cached(config), tmp_path, places)
     assert len(found) == 15 and far(found, raw[0]) < LOSS
     assert [n["names"] for n in notes if n.get("what") == "unreadable"] == [

@@ -10,6 +10,7 @@ holds one part.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ from vidfuse.data.shards import DataError, dump_record, parse_record
 from vidfuse.models.parts import Tokens
 from vidfuse.models.recognizer import Recognizer
 from vidfuse.on_ray.features import Cache, find, shapes
-from vidfuse.on_ray.storage import join, list_files, open_storage, read_bytes, told_when_full, write_bytes
+from vidfuse.on_ray.storage import StorageError, join, list_files, open_storage, read_bytes, told_when_full, write_bytes
 from vidfuse.on_ray.stream import RETRIES, ClipDatasource
 from vidfuse.on_ray.tasks import Progress
 from vidfuse.on_ray.weights import local
@@ -90,20 +91,20 @@ def compute(
     videos = [job.samples * job.draws for job in jobs]
     progress = Progress(sum(n * size for n, size in zip(videos, sizes, strict=True)), sum(videos))
     for job, size in zip(jobs, sizes, strict=True):
-        records = {cache: _records(cache) for cache in job.caches}
-        todo = [n for n in range(job.parts) if any(n not in of for of in records.values())]
-        before = sum(_videos_of(job, n) for n in range(job.parts) if n not in set(todo))
+        records = [_records(cache) for cache in job.caches]
+        todo = [n for n in range(job.parts) if any(n not in of for of in records)]
+        before = sum(_videos_of(job, n) for n in range(job.parts)) - sum(_videos_of(job, n) for n in todo)
         progress.videos += before
         progress.bytes += before * size
         progress.bytes_before += before * size
         for number, written in _make(config, packed, job, todo):
-            for cache, record in zip(job.caches, written, strict=True):
-                records[cache][number] = record
+            for of, record in zip(records, written, strict=True):
+                of[number] = record
             progress.videos += _videos_of(job, number)
             progress.bytes += _videos_of(job, number) * size
             progress.quarantined += len(written[0].unreadable)
             on_progress(progress)
-        for cache, of in records.items():
+        for cache, of in zip(job.caches, records, strict=True):
             _finish(cache, job, tokens[cache.recipe.stream], of)
 
 
@@ -170,7 +171,9 @@ def _make(config: Config, packed: PackedSet, job: Job, todo: Sequence[int]) -> I
     context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(data.buffer_bytes // 4, 4 * block))
     for row in dataset.iter_rows():
-        yield int(row["part"]), tuple(parse_record(PartRecord, text.encode(), "a part") for text in row["records"])
+        if row["fault"]:
+            raise DataError(row["fault"])
+        yield int(row["part"]), tuple(parse_record(PartRecord, text.encode(), "a part") for text in json.loads(row["records"]))
 
 
 class _Streams:
@@ -187,11 +190,15 @@ class _Streams:
 
     def __call__(self, block: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         clips = torch.from_numpy(block["clip"]).permute(0, 1, 4, 2, 3)
-        columns = {column: block[column] for column in ("part", "sample", "weight", "error")}
+        columns = {column: block[column] for column in ("part", "error")}
         with self.autocast:
-            return columns | {f"tokens.{name}": self._tokens(name, clips, block) for name in self.names}
+            made = {f"tokens.{name}": self._tokens(name, clips, block) for name in self.names}
+        faults = [fault for _, fault in made.values() if fault]  # raised, Ray Data would try again and again
+        columns["fault"] = np.full(len(clips), faults[0] if faults else "", object)
+        return columns | {column: bits for column, (bits, _) in made.items()}
 
-    def _tokens(self, name: str, clips: torch.Tensor, block: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    def _tokens(self, name: str, clips: torch.Tensor, block: dict[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], str]:
+        """Bit patterns of a block, and what is wrong with them."""
         precision = self.config.features.precision
         parts = [
             self.model.tokens(name, some.to(self.device)).values.to(DTYPES[precision]).cpu()
@@ -200,14 +207,13 @@ class _Streams:
         values = torch.cat(parts)
         lost = torch.from_numpy(block["weight"] == 0)
         strange = ~torch.isfinite(values.float()).flatten(1).all(1) & ~lost
+        fault = ""
         if strange.any():
             sample = int(block["sample"][int(strange.nonzero()[0])])
-            raise DataError(
-                f"the {name} stream gives numbers that are not finite for sample {sample}; try train.precision=fp32, and check its weights"
-            )
+            fault = f"the {name} stream gives numbers that are not finite for sample {sample}; check its weights, or try train.precision=fp32"
         bits = values.view(torch.int16 if precision == "bf16" else torch.int32).numpy().view(BITS[precision])
         bits[lost.numpy()] = NAN[precision]
-        return bits
+        return bits, fault
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,12 @@ class _Write:
             raise RuntimeError(
                 f"part {number} came as {len(block['part'])} rows of parts {sorted(set(block['part'].tolist()))}"
             )
-        records = [self._write(cache, number, block) for cache in self.job.caches]
-        return {"part": np.array([number]), "records": np.array([records], object)}
+        fault, records = str(block["fault"][0]), []
+        try:
+            records = [] if fault else [self._write(cache, number, block) for cache in self.job.caches]
+        except StorageError as error:
+            fault = str(error)
+        return {"part": np.array([number]), "records": np.array([json.dumps(records)], object), "fault": np.array([fault])}
 
     def _write(self, cache: Cache, number: int, block: dict[str, npt.NDArray[Any]]) -> str:
         filesystem, root = open_storage(cache.url, write=True)
