@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vidfuse.config import from_mapping
+from vidfuse.config import from_mapping, override
 from vidfuse.models.recognizer import Recognizer
 from vidfuse.train.model import model_of
-from vidfuse.train.plan import LiveBytes, activation_bytes, batch_lines, memory
+from vidfuse.train.plan import (
+    LiveBytes,
+    activation_bytes,
+    batch_lines,
+    clip_operations,
+    feeding_row,
+    memory,
+    training_operations,
+)
 
 
 def config_of(**train):
@@ -71,3 +79,33 @@ def test_zero_shards_what_it_says():
     assert parts[1].optimizer < parts[0].optimizer + 1 and parts[2].gradients * 2 <= parts[1].gradients + 1
     assert parts[3].parameters * 2 <= parts[2].parameters + 1
     assert len(batch_lines(config_of(), range(1, 4))) == 3 and "refused" in batch_lines(config_of(), range(3, 4))[0]
+
+
+def operations(**changes) -> tuple[int, int]:
+    """Of a clip's forward, multiplications and additions, and of its training."""
+    config = config_of(**changes)
+    config = override(config, ["model.semantic=null", "model.fusion.name=mean"])
+    return 2 * clip_operations(config, on_meta(config)), training_operations(config, on_meta(config))
+
+
+def test_training_takes_three_forwards_and_four_where_activations_are_computed_again():
+    """The first layer needs no gradient of its input; the head and what is outside of blocks are not computed again."""
+    forward, training = operations()
+    assert 2.8 < training / forward < 3
+    again = operations(activation_checkpointing=True)[1]
+    assert 0.8 < (again - training) / forward <= 1
+
+
+def test_a_frozen_stream_takes_its_forward_alone():
+    config = override(config_of(), ["model.semantic=null", "model.motion.frozen=true", "model.fusion.name=concat"])
+    forward = 2 * clip_operations(config, on_meta(config))
+    assert forward <= training_operations(config, on_meta(config)) < 1.01 * forward
+
+
+def test_what_feeds_a_gpu():
+    config = override(config_of(), ["model.semantic=null", "model.fusion.name=mean", "data.frames=16"])
+    clips = 1e12 / training_operations(config, on_meta(config))
+    row = feeding_row("x", config, on_meta(config), tflops=1, clips_per_core=10)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == f"{clips:,.0f}" and cells[4] == f"{clips / 10:,.1f}"
+    assert cells[3] == f"{clips * 16 * 64 * 64 * 3 / 1e6:,.0f}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,8 +166,10 @@ def _make(config: Config, packed: PackedSet, job: Job, todo: Sequence[int]) -> I
         )
         .map_batches(_Write(job), batch_size=None, zero_copy_batch=True, num_cpus=data.cpus_per_task)
     )
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = dataset.context
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []  # it takes an actor's model for a leak
     context.retried_map_errors, context.max_map_retries = True, RETRIES
     context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(data.buffer_bytes // 4, 4 * block))

@@ -181,6 +181,47 @@ def clip_operations(config: Config, model: Recognizer) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def training_operations(config: Config, model: Recognizer) -> int:
+    """Floating-point operations of one clip in training: forward, backward, and what activation checkpointing computes again.
+
+    A multiplication with addition counts as two; what `clip_operations` counts is counted.
+
+    Args:
+        config: frames and size of a clip, activation checkpointing.
+        model: on the meta device; it is not changed.
+    """
+    clip = torch.empty((1, config.data.frames, 3, config.data.size, config.data.size), dtype=torch.uint8, device="meta")
+    model = copy.deepcopy(model).train()
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model)
+    with FlopCounterMode(display=False) as counter:
+        model(clip).sum().backward()
+    return int(counter.get_total_flops())
+
+
+FEEDING_HEAD = (
+    "| preset | GFLOPs of a clip in training | clips/s of a GPU | MB/s of clips | CPU cores to feed it |",
+    "|---|---|---|---|---|",
+)
+
+
+def feeding_row(name: str, config: Config, model: Recognizer, *, tflops: float, clips_per_core: float) -> str:
+    """A row of `FEEDING_HEAD`'s table: what keeps one GPU busy.
+
+    Args:
+        name: of the preset.
+        config: the preset.
+        model: of this config, on the meta device.
+        tflops: that the GPU reaches, in 10^12 operations a second.
+        clips_per_core: clips of 16 frames that a core decodes in a second; one of more frames takes as much longer.
+    """
+    operations = training_operations(config, model)
+    rate = tflops * 1e12 / operations
+    size = config.data.frames * config.data.size**2 * 3
+    cores = rate / clips_per_core * config.data.frames / 16
+    return f"| `{name}` | {operations / 1e9:,.0f} | {rate:,.0f} | {rate * size / 1e6:,.0f} | {cores:,.1f} |"
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that are made inside and alive; `peak` is the most of them."""
 

@@ -1,0 +1,162 @@
+"""Clips a second of vidfuse's stream, and of torch's DataLoader over webdataset with PyAV, decord and torchcodec, on the same cores.
+
+All read the same shards from the same folder and give the same: batches of 8 random clips of 16 frames at 224 px, uint8. The loaders have a
+process a core and take each decoder as its documentation has it (bytes in memory, one thread, only the wanted frames); cropping is ours,
+which is the fastest that was found. In turn, several times, in one session; the median of the ratios is what counts.
+
+Videos as SSv2 has them: 427 x 240, 45 frames at 12 a second, VP9; as they are, and as `jobs.pack --transcode` makes them. torchcodec is left
+out, and that is said, where it is not installed (it needs FFmpeg's libraries besides). Run by `make bench`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests import support
+from vidfuse.config import TranscodeConfig, from_mapping
+from vidfuse.data.feed import Feed
+from vidfuse.data.layouts import read_layout
+from vidfuse.data.sampling import World, frame_numbers
+from vidfuse.data.transforms import crop_resize, random_box
+from vidfuse.on_ray import fit
+from vidfuse.on_ray.packing import pack, prepare
+from vidfuse.on_ray.stream import pull_through_ray
+
+pytestmark = [pytest.mark.bench, pytest.mark.ray]
+VIDEOS, EPOCHS, FRAMES, SIZE, BATCH, REPEATS, CORES = 240, 4, 16, 224, 8, 3, os.cpu_count() or 2
+GOAL = 1.2
+Frames = Iterator[tuple[int, np.ndarray]]
+
+
+def with_pyav(content: bytes, numbers: list[int]) -> Frames:
+    """In order, converting the wanted frames."""
+    wanted = set(numbers)
+    with av.open(io.BytesIO(content)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                yield number, frame.to_ndarray(format="rgb24")
+                if number == numbers[-1]:
+                    return
+
+
+def with_decord(content: bytes, numbers: list[int]) -> Frames:
+    """`get_batch`; on some files its frames are others than were asked for."""
+    import decord
+
+    reader = decord.VideoReader(io.BytesIO(content), num_threads=1)
+    yield from zip(numbers, reader.get_batch(numbers).asnumpy(), strict=True)
+
+
+def with_torchcodec(content: bytes, numbers: list[int]) -> Frames:
+    """`get_frames_at`, exact."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(content, num_ffmpeg_threads=1, dimension_order="NHWC")
+    yield from zip(numbers, decoder.get_frames_at(numbers).data.numpy(), strict=True)
+
+
+DECODERS = {"pyav": with_pyav, "decord": with_decord, "torchcodec": with_torchcodec}
+
+
+def clip_of(decode: str, sampling: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample of webdataset to a random clip."""
+    cv2.setNumThreads(1)
+    meta = json.loads(sample["json"])
+    content = next(value for name, value in sample.items() if name in ("webm", "mp4"))
+    rng = np.random.default_rng()
+    numbers = frame_numbers(meta["frames"], FRAMES, sampling=sampling, stride=2, rng=rng)
+    box = random_box(meta["height"], meta["width"], area=(0.5, 1.0), aspect=(0.75, 1.3333), flip=False, rng=rng)
+    clip = np.empty((FRAMES, SIZE, SIZE, 3), np.uint8)
+    for number, frame in DECODERS[decode](content, sorted(set(numbers.tolist()))):
+        clip[numbers == number] = crop_resize(frame, box, SIZE)
+    return {"clip": clip, "label": meta["label"]}
+
+
+def loader_of(shards: list[str], decode: str, sampling: str) -> Any:
+    import webdataset
+
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False, nodesplitter=None)
+    return webdataset.WebLoader(
+        data.map(partial(clip_of, decode, sampling)),
+        batch_size=BATCH,
+        num_workers=CORES,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+
+
+def written(folder: Path, transcode: TranscodeConfig | None) -> str:
+    """The videos in shards, in a folder."""
+    videos = folder / "videos"
+    if not videos.exists():
+        for name in ("a", "b"):
+            (videos / name).mkdir(parents=True)
+        kinds = [support.make_video(45, suffix="webm", width=432, height=240, seed=seed) for seed in range(12)]
+        for number in range(VIDEOS):
+            (videos / "ab"[number % 2] / f"{number}.webm").write_bytes(kinds[number % len(kinds)])
+    url = str(folder / ("transcoded" if transcode else "as-is"))
+    pack(prepare(read_layout(videos, "tree"), videos, url, 3_000_000, transcode))
+    return url
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "dense"])
+@pytest.mark.parametrize("form", ["as they are", "transcoded"])
+def test_the_stream_feeds_as_much_as_the_strongest_loader(ray_cluster, tmp_path_factory, form, sampling):
+    folder = tmp_path_factory.getbasetemp() / "loaders"
+    folder.mkdir(exist_ok=True)
+    url = written(folder, TranscodeConfig() if form == "transcoded" else None)
+    data = {"classes": 2, "frames": FRAMES, "size": SIZE, "sampling": sampling, "url": url, "validation_split": "train"}
+    config = from_mapping({"data": data, "train": {"global_batch": BATCH, "micro_batch": BATCH, "epochs": EPOCHS}})
+    packed = fit.open_set(config)
+    shards = [str(Path(url) / shard.name) for shard in packed.manifest.splits["train"].shards]
+
+    def ours() -> float:
+        began, rows = time.monotonic(), 0
+        feed = Feed(config, packed, World(1, 0, BATCH, BATCH), pull_through_ray(config.data, workers=1))
+        for epoch in range(EPOCHS):
+            for (batch,) in feed.train(epoch, feed.order(epoch)):
+                rows += int((batch.weights > 0).sum())
+        feed.close()
+        assert rows == VIDEOS * EPOCHS
+        return rows / (time.monotonic() - began)
+
+    def theirs(loader: Any) -> float:
+        began, rows = time.monotonic(), 0
+        for _ in range(EPOCHS):
+            for batch in loader:
+                assert batch["clip"].dtype == torch.uint8
+                rows += len(batch["clip"])
+        assert rows == VIDEOS * EPOCHS
+        return rows / (time.monotonic() - began)
+
+    names = [name for name in DECODERS if importlib.util.find_spec("av" if name == "pyav" else name)]
+    loaders = {name: loader_of(shards, name, sampling) for name in names}
+    ours()
+    for loader in loaders.values():
+        theirs(loader)  # processes start, libraries load
+    rounds = [(ours(), {name: theirs(loader) for name, loader in loaders.items()}) for _ in range(REPEATS)]
+    mine = statistics.median(a for a, _ in rounds)
+    each = {name: statistics.median(b[name] for _, b in rounds) for name in names}
+    strongest = max(each, key=lambda name: each[name])
+    ratios = [a / b[strongest] for a, b in rounds]
+    missing = "" if len(names) == len(DECODERS) else f"; not installed: {', '.join(set(DECODERS) - set(names))}"
+    print(f"\n{form}, {sampling}: vidfuse {mine:.1f} clips/s, " + ", ".join(f"{n} {v:.1f}" for n, v in each.items()) + missing)
+    print(f"ratio to {strongest}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}; goal {GOAL}")
+    assert statistics.median(ratios) >= GOAL
