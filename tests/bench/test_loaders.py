@@ -38,7 +38,7 @@ from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray]
-VIDEOS, EPOCHS, FRAMES, SIZE, BATCH, REPEATS, CORES = 240, 4, 16, 224, 8, 3, os.cpu_count() or 2
+VIDEOS, EPOCHS, FRAMES, SIZE, BATCH, REPEATS, CORES = 240, 3, 16, 224, 8, 3, os.cpu_count() or 2
 GOAL = 1.2
 Frames = Iterator[tuple[int, np.ndarray]]
 
@@ -107,10 +107,10 @@ def written(folder: Path, transcode: TranscodeConfig | None) -> str:
     videos = folder / "videos"
     if not videos.exists():
         for name in ("a", "b"):
-            (videos / name).mkdir(parents=True)
+            (videos / "train" / name).mkdir(parents=True)
         kinds = [support.make_video(45, suffix="webm", width=432, height=240, seed=seed) for seed in range(12)]
         for number in range(VIDEOS):
-            (videos / "ab"[number % 2] / f"{number}.webm").write_bytes(kinds[number % len(kinds)])
+            (videos / "train" / "ab"[number % 2] / f"{number}.webm").write_bytes(kinds[number % len(kinds)])
     url = str(folder / ("transcoded" if transcode else "as-is"))
     pack(prepare(read_layout(videos, "tree"), videos, url, 3_000_000, transcode))
     return url

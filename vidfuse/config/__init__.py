@@ -7,6 +7,7 @@ from vidfuse.config.pack import LayoutConfig, PackConfig, TranscodeConfig
 from vidfuse.config.section import ConfigError, Section
 from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrainConfig
 from vidfuse.config.tree import HARMLESS, Config, differences, from_mapping, override, read_file
+from vidfuse.config.tune import SearchConfig
 
 __all__ = [
     "HARMLESS",
@@ -32,6 +33,7 @@ __all__ = [
     "QualityConfig",
     "RandAugment",
     "RunConfig",
+    "SearchConfig",
     "Section",
     "Stream",
     "Temporal",

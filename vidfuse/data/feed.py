@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ Pull = Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]
 
 BLOCKS_AT_ONCE = 8
 """Blocks that a worker's share of `data.buffer_bytes` must hold: some being made, some waiting, some being used."""
-PARTS_AT_ONCE = 512
-"""Epochs are streamed without a pause between them until a stream has this many parts."""
+PARTS_AT_ONCE = 8192
+"""Parts of a stream, of several short epochs or a piece of a long one: what plans and tasks of it hold does not grow with the set.
+Between two streams is a pause of a second or two."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,17 @@ class Feed:
         reader = self._reader(self.config.data.train_split)
         views = self.config.data.repeats
         rows = self.world.micro_batch * views
-        first = True
-        while epoch < self.config.train.epochs:
-            parts: list[Part] = []
-            while epoch < self.config.train.epochs and (not parts or len(parts) < PARTS_AT_ONCE):
-                mine = rank_rows(left if first else self.order(epoch), self.world).reshape(-1)
-                per_part = self._videos_per_part(reader, rows, views=views)
-                parts += parts_of(self.packed.indices[self.config.data.train_split], mine, per_part, epoch=epoch)
-                first, epoch = False, epoch + 1
-            for columns in self._pull(reader, parts, rows):
+        parts = self._parts(epoch, left, self._videos_per_part(reader, rows, views=views))
+        while some := list(islice(parts, PARTS_AT_ONCE)):
+            for columns in self._pull(reader, some, rows):
                 yield _batch(columns, reader)
+
+    def _parts(self, epoch: int, left: Samples, per_part: int) -> Iterator[Part]:
+        """What is left of an epoch, and all that follow."""
+        index, first = self.packed.indices[self.config.data.train_split], epoch
+        for number in range(epoch, self.config.train.epochs):
+            mine = rank_rows(left if number == first else self.order(number), self.world).reshape(-1)
+            yield from parts_of(index, mine, per_part, epoch=number)
 
     def _reader(self, split: str, clips: int = 1, crops: int = 1, flip: bool = False) -> ClipReader:
         """The reader of a split; testing views are cached for one clip and one crop alone."""

@@ -344,21 +344,29 @@ def _train_worker(settings: dict[str, Any]) -> None:
 def _following(monitor: Any, on_progress: Progress, stop: threading.Event) -> Iterator[None]:
     """Carry events from the monitor to `on_progress`, and the wish to stop to the monitor, while the context is open."""
     done = threading.Event()
+    seen: dict[str, Any] = {"event": None, "warnings": 0, "judged": 0, "asked": False}
+
+    def look() -> None:
+        if stop.is_set() and not seen["asked"]:
+            seen["asked"] = True
+            ray.get(monitor.stop.remote(), timeout=5)
+        asked = [monitor.latest.remote(), monitor.warnings.remote(), monitor.judged.remote(seen["judged"])]
+        event, warnings, judged = ray.get(asked, timeout=5)
+        for warning in warnings[seen["warnings"] :]:
+            log.error("%s", warning)
+        seen["warnings"], seen["judged"] = len(warnings), seen["judged"] + len(judged)
+        for validation in judged:  # each of them, however short the epochs are
+            on_progress(validation)
+        if event and event != seen["event"] and "top1" not in event:
+            on_progress(event)
+        seen["event"] = event
 
     def follow() -> None:
-        asked, seen, warned = False, None, 0
         while not done.wait(POLL_SECONDS):
             with contextlib.suppress(ray.exceptions.RayError):
-                if stop.is_set() and not asked:
-                    asked = True
-                    ray.get(monitor.stop.remote(), timeout=5)
-                event, warnings = ray.get([monitor.latest.remote(), monitor.warnings.remote()], timeout=5)
-                for warning in warnings[warned:]:
-                    log.error("%s", warning)
-                warned = len(warnings)
-                if event and event != seen:
-                    seen = event
-                    on_progress(event)
+                look()
+        with contextlib.suppress(ray.exceptions.RayError):
+            look()  # what came since the last look
 
     thread = threading.Thread(target=follow, name="vidfuse-progress", daemon=True)
     thread.start()

@@ -20,11 +20,18 @@ class Monitor:
         self._stop = False
         self._fault: str | None = None
         self._warnings: list[str] = []
+        self._judged: list[dict[str, Any]] = []
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""
         self._event = self._unheard = event
+        if "top1" in event:
+            self._judged.append(event)
         return self._stop
+
+    def judged(self, since: int) -> list[dict[str, Any]]:
+        """Validations in order, without the first `since`."""
+        return self._judged[since:]
 
     def latest(self) -> dict[str, Any]:
         """The newest event; empty before the first."""

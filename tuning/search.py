@@ -1,0 +1,289 @@
+"""Searches: Optuna proposes values for a space, Ray Tune runs the trials, each a training as any other, and weak ones end early.
+
+Comes in: a config, a space and how much may be tried. Goes out: a study and the trials' runs, below `<run.storage>/<run.name>-<space>/`:
+
+    study.log        Optuna's journal (on a folder; of an s3:// storage it is on this machine, see `Search.journal`)
+    trials/<name>/   a trial's run; its name is the hash of its values
+
+A search that was killed goes on: finished trials are in the study, those that were under way are proposed again with the same values,
+so that each continues from its own last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import ray
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from tuning.spaces import Space, Values, settings
+from vidfuse.config import Config, ConfigError, SearchConfig, override
+from vidfuse.on_ray import fit
+from vidfuse.on_ray.storage import StorageError, join, open_storage
+
+log = logging.getLogger(__name__)
+
+METRIC = "top1"
+"""Validation top-1, the best so far of a trial."""
+COST = "trainable"
+"""Parameters that are trained."""
+SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+CONTINUED = "continued"
+"""Mark of a trial that was under way when its search was killed; another one goes on with its values."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that is planned."""
+
+    base: Config
+    space: Space
+    options: SearchConfig
+
+    @property
+    def name(self) -> str:
+        """Of the study, and the folder's."""
+        return f"{self.base.run.name}-{self.space.name}"
+
+    @property
+    def url(self) -> str:
+        """Folder of the search."""
+        return join(self.base.run.storage, self.name)
+
+    @property
+    def journal(self) -> Path:
+        """The journal file: in the search's folder, or where this process runs if that is on object storage."""
+        folder = Path("searches") if "://" in self.url else Path(self.url)
+        return folder / ("study.log" if "://" not in self.url else f"{self.name}.log")
+
+    def config(self, values: Values) -> Config:
+        """A trial's config.
+
+        Raises:
+            ConfigError: values that do not go together.
+        """
+        return override(
+            self.base, [*settings(values), f"run.name={trial_name(values)}", f"run.storage={join(self.url, 'trials')}"]
+        )
+
+
+def trial_name(values: Values) -> str:
+    """Name of a trial's run."""
+    return f"trial-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]}"
+
+
+def check(search: Search) -> None:
+    """Refuse, before any trial, what cannot be searched.
+
+    Raises:
+        ConfigError, DataError, StorageError, CheckpointError: one clear message.
+    """
+    train, grace = search.base.train, search.options.grace_epochs
+    if not train.validate_every_epochs <= grace <= train.epochs:
+        raise ConfigError(
+            f"--grace-epochs: {grace}; from train.validate_every_epochs = {train.validate_every_epochs} to train.epochs = {train.epochs} "
+            "are possible: trials are judged by validation"
+        )
+    fit.check(search.base)
+    study_of(search)
+
+
+def room(search: Search) -> int:
+    """Trials that run at a time; Ray is initialised.
+
+    Raises:
+        ConfigError: more are asked for than fit, or none does.
+    """
+    one = fit.resources(search.base)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_worker = search.base.cluster.cpus_per_worker
+    workers = [int(node.get("GPU", 0)) if one.gpu else int(node.get("CPU", 0) / per_worker + 1e-9) for node in nodes]
+    fits = sum(workers) // one.most
+    asked = search.options.together
+    if asked is not None and asked > fits:
+        raise ConfigError(
+            f"--together: {asked} trials of {one.most} workers do not fit at a time, {fits} do; lower it, cluster.workers or "
+            "cluster.cpus_per_worker, or add nodes"
+        )
+    return asked or max(fits, 1)
+
+
+def study_of(search: Search) -> optuna.Study:
+    """The study, made if it is not there.
+
+    Raises:
+        ConfigError: it is another space's, or of other aims.
+        StorageError: its storage cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    directions: list[Literal["minimize", "maximize"]] = ["maximize", "minimize"] if search.options.pareto else ["maximize"]
+    wanted = {"space": search.space.to_json(), "config": search.base.digest()}
+    try:
+        storage, sampler = _storage(search), SAMPLERS[search.options.sampler](search.base.seed)
+        found = optuna.create_study(
+            storage=storage, sampler=sampler, study_name=search.name, directions=directions, load_if_exists=True
+        )
+    except OSError as error:
+        raise StorageError(f"{search.journal}: the study cannot be written: {error.strerror}") from None
+    except Exception as error:
+        raise StorageError(
+            f"--study {search.options.study}: the study cannot be written: {str(error).splitlines()[0]}"
+        ) from None
+    known = found.user_attrs.get("vidfuse")
+    if known is None:
+        found.set_user_attr("vidfuse", wanted)
+    elif known != wanted:
+        what = "space" if known["space"] != wanted["space"] else "base config"
+        raise ConfigError(
+            f"the study {search.name!r} was begun with another {what}; give the same, or another --set run.name=..."
+        )
+    if [d.name.lower() for d in found.directions] != directions:
+        raise ConfigError(
+            f"the study {search.name!r} was begun {'without' if search.options.pareto else 'with'} --pareto; give another run.name"
+        )
+    return found
+
+
+def _storage(search: Search) -> Any:
+    if search.options.study is not None:
+        return RDBStorage(search.options.study)
+    search.journal.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(search.journal)))
+
+
+def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], None]) -> optuna.Study:
+    """Run the trials that are left; Ray is initialised.
+
+    Args:
+        search: checked.
+        facts: about the search, for its runs' records.
+        on_told: is given a line on each trial that ends.
+
+    Raises:
+        ConfigError: no room.
+        DataError: cached features are stale.
+    """
+    at_once = room(search)
+    study = study_of(search)
+    resume(study)
+    left = search.options.trials - len(ended(study))
+    if left <= 0:
+        return study
+    fit.features_of(search.base, lambda event: on_told(f"features  {event['features']}"))  # once for all
+    searcher = OptunaSearch(
+        space=search.space.suggest,
+        metric=[METRIC, COST] if search.options.pareto else METRIC,
+        mode=["max", "min"] if search.options.pareto else "max",
+        sampler=SAMPLERS[search.options.sampler](search.base.seed),
+        study_name=search.name,
+        storage=_storage(search),
+    )
+    open_storage(search.url, write=True)
+    filesystem, root = open_storage(search.url)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, search=search, facts=dict(facts)), {"CPU": 0}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[_Tell(on_told)],
+        ),
+    )  # fmt: skip
+    tuner.fit()
+    return study_of(search)
+
+
+def _scheduler(search: Search) -> TrialScheduler:
+    epochs = search.base.train.epochs
+    if search.options.stopping == "asha":
+        return ASHAScheduler(
+            time_attr="epoch", metric=METRIC, mode="max", max_t=epochs + 1, grace_period=search.options.grace_epochs,
+            reduction_factor=search.options.reduction,
+        )  # fmt: skip
+    if search.options.stopping == "median":
+        return MedianStoppingRule(time_attr="epoch", metric=METRIC, mode="max", grace_period=search.options.grace_epochs)
+    return FIFOScheduler()
+
+
+def resume(study: optuna.Study) -> int:
+    """Propose again the trials that were under way when the search was killed; how many."""
+    cut_off = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in cut_off:
+        study.enqueue_trial(trial.params, skip_if_exists=False)
+        study._storage.set_trial_user_attr(trial._trial_id, CONTINUED, True)
+        study.tell(trial.number, state=TrialState.FAIL)
+    return len(cut_off)
+
+
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that count: finished, early or not, or failed by themselves."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    return [trial for trial in study.get_trials(deepcopy=False, states=states) if CONTINUED not in trial.user_attrs]
+
+
+class _Tell(tune.Callback):
+    """A line on each trial that ends."""
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self._told = told
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = trial.last_result or {}
+        at = f"top1 {result[METRIC]:.4f} after {result['epoch']} epochs" if METRIC in result else "no validation"
+        self._told(f"{trial_name(trial.config)}  {at}  {' '.join(settings(trial.config))}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._told(f"{trial_name(trial.config)}  failed  {' '.join(settings(trial.config))}")
+
+
+def _trial(values: Values, *, search: Search, facts: dict[str, str]) -> None:
+    """What the process of a trial runs: the training in a thread, its validations told to Tune from here."""
+    try:
+        config = search.config(values)
+        trained = sum(p.numel() for p in fit.check_model(config).parameters() if p.requires_grad)
+    except ConfigError as error:  # values that do not go together: a trial that failed, not a search
+        raise RuntimeError(str(error)) from None
+    best, heard, stop = 0.0, queue.SimpleQueue[Any](), threading.Event()
+
+    def hear(event: Mapping[str, Any]) -> None:
+        if METRIC in event:
+            heard.put(event)
+
+    def train() -> dict[str, Any]:
+        try:
+            return fit.fit(config, facts=facts, on_progress=hear, stop=stop)
+        finally:
+            heard.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        training: Future[dict[str, Any]] = pool.submit(train)
+        told = 0
+        try:
+            while (event := heard.get()) is not None:
+                best, told = max(best, event[METRIC]), event["epoch"]
+                tune.report({METRIC: best, COST: trained, "epoch": told, "name": config.run.name})
+        finally:
+            stop.set()  # Tune ends a trial by an exit from `report`
+        result = training.result()
+        if told < result["epochs"]:  # a run that had finished before tells nothing anew
+            tune.report({METRIC: result["best_top1"], COST: trained, "epoch": result["epochs"], "name": config.run.name})
