@@ -159,7 +159,9 @@ def test_it_imports_what_decoding_needs_and_nothing_of_its_parent(tmp_path):
         "assert len(list(decode.decode_frames(support.make_video(4), [0], decoder='decord'))) == 1\n"
         "print(*contained.iterate(eval, '__import__(\"sys\").modules'))\n"
     )
-    there = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout.split()
+    settings = {**os.environ, "PYTHONPATH": str(support.REPO)}
+    done = subprocess.run([sys.executable, str(script)], env=settings, capture_output=True, text=True, check=True)
+    there = done.stdout.split()
     assert {"vidfuse.data.decode", "decord", "numpy"} <= {*there}
     assert not {"colorsys", "tests.support", "torch", "ray", "pydantic", "vidfuse.config"} & {*there}
 
@@ -175,7 +177,8 @@ print(next(first), list(first), flush=True)
 list(iterate(slow_but_alive, 0) if not {busy} else iterate(counted, 0, "hangs"))
 sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=support.REPO, **pipes) as parent:
         number = int(parent.stdout.readline().split()[0])
         time.sleep(0.3)
         assert alive(number)
