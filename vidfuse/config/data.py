@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -65,6 +66,11 @@ class DataConfig(Section):
     """What else alters training clips."""
     decoder: Literal["pyav", "decord"] = "pyav"
     """Video decoder."""
+    frame_cache: str | None = None
+    """Folder on each machine's local disk in which clips are kept that come again, decoded, cropped and resized: validation's, testing's,
+    and training's if `views` is a number. `null`: none are."""
+    frame_cache_bytes: int = Field(64 * 1024**3, ge=1)
+    """Most that is kept on a machine, in bytes; the least recently used clips go."""
     block_bytes: int = Field(16 * 1024**2, ge=1)
     """Decoded clips that one Ray Data task reads and gives as one block, in bytes; at least one micro batch."""
     cpus_per_task: float = Field(0.5, gt=0)
@@ -87,6 +93,10 @@ class DataConfig(Section):
     def _ordered(self) -> DataConfig:
         check_range("crop_area", self.crop_area, 1.0)
         check_range("crop_aspect", self.crop_aspect, 10.0)
+        if self.frame_cache is not None and not Path(self.frame_cache).is_absolute():
+            raise ValueError(
+                f"frame_cache is a folder on each machine's local disk, named from its root (/...), given {self.frame_cache!r}"
+            )
         fastest = self.augment.temporal.speed[1]
         if self.sampling == "uniform" and fastest > 1:
             raise ValueError(

@@ -30,6 +30,8 @@ HARMLESS = (
     "data.cpus_per_task",
     "data.unreadable_limit",
     "data.features",
+    "data.frame_cache",
+    "data.frame_cache_bytes",
     "train.checkpoint_every_steps",
     "train.checkpoint_every_samples",
     "train.checkpoint_every_minutes",

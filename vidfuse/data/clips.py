@@ -2,17 +2,18 @@
 
 Comes in: a `Part` (which videos, for which epoch) and a file system. Goes out: columns of rows, a row being one view of one
 sample: in training one of its `data.repeats`, in testing one of its temporal and spatial views. A row is a clip, cached tokens of
-it, or both. Only the byte ranges of the wanted videos are read. A video that cannot be decoded, or that lies behind the end of a
-truncated shard, gives rows of weight 0 and the reason; a file that cannot be read raises, since that is the storage's fault and
-not the video's.
+it, or both. Only the byte ranges of the wanted videos are read, and none of a video whose clips are all in `data.frame_cache`. A
+video that cannot be decoded, or that lies behind the end of a truncated shard, gives rows of weight 0 and the reason; a file that
+cannot be read raises, since that is the storage's fault and not the video's.
 
 Axes: R rows (videos x views), T frames, H = W = size.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from vidfuse.data.augment import Change
 from vidfuse.data.decode import DecodeError, decode_frames
 from vidfuse.data.features import BITS, FeatureSet
 from vidfuse.data.flips import NEVER, Classes
+from vidfuse.data.frame_cache import Clip, FrameCache, key_of
 from vidfuse.data.ranges import read_range
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
 from vidfuse.data.shards import SplitIndex
@@ -54,6 +56,8 @@ class Video(NamedTuple):
     height: int
     use: int = 0
     """How many uses of the sample come before this one in the epoch."""
+    sha256: bytes = b""
+    """Of the video's bytes; empty: not known, and its clips are not kept."""
 
 
 class View(NamedTuple):
@@ -65,6 +69,10 @@ class View(NamedTuple):
     label: int
     """The video's, or its mirror image's."""
     changes: tuple[Change, ...] = ()
+
+
+Missing = list[tuple[View, Clip]]
+"""Views that are to be decoded, each with the place of its clip [T, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +149,25 @@ class ClipReader:
             "sample": np.full(rows, PADDING, np.int64),
             "error": np.full(rows, "", object),
         }
-        for number, (video, content) in enumerate(self._contents(part.videos)):
-            place = slice(number * views, (number + 1) * views)
+        places = [slice(start, start + views) for start in range(0, rows, views)]
+        plans = [list(self.plans(video, part.epoch)) if video else [] for video in part.videos]
+        cache = self._cache(part.epoch)
+        missing = [
+            self._missing(cache, video, some, out["clip"][place]) if video and self.decodes else []
+            for video, some, place in zip(part.videos, plans, places, strict=True)
+        ]
+        contents = self._contents([video if left else None for video, left in zip(part.videos, missing, strict=True)])
+        for video, place, some, left, content in zip(part.videos, places, plans, missing, contents, strict=True):
             out["sample"][place] = video.sample if video else PADDING
             if video is None:
                 continue
-            plans = list(self.plans(video, part.epoch))
-            out["label"][place] = [plan.label for plan in plans]
+            out["label"][place] = [plan.label for plan in some]
             try:
                 if isinstance(content, DecodeError):
                     raise content
                 if self.decodes:
-                    self.decode(content, plans, out["clip"][place])
+                    self._make(cache, video, content, left)
+                    _change(some, out["clip"][place])
                 out["weight"][place] = 1
             except DecodeError as error:
                 out["clip"][place] = 0
@@ -184,35 +199,46 @@ class ClipReader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _contents(self, videos: Iterable[Video | None]) -> Iterator[tuple[Video | None, bytes | DecodeError]]:
-        if not self.decodes:
-            yield from ((video, b"") for video in videos)
-            return
+    def _cache(self, epoch: int | None) -> FrameCache | None:
+        """Where clips are kept that come again: those of finite `data.views`, and of testing."""
+        data = self.data
+        again = epoch is None or data.views is not None
+        return FrameCache(data.frame_cache, data.frame_cache_bytes) if data.frame_cache and again else None
+
+    def _key(self, video: Video, plan: View) -> bytes:
+        return key_of(video.sha256, plan.numbers, plan.box, self.data.size, self.data.decoder)
+
+    def _missing(self, cache: FrameCache | None, video: Video, plans: Sequence[View], out: Clip) -> Missing:
+        """Fill the views [views, T, H, W, 3] that are in the cache; the others with their places."""
+        kept = cache if video.sha256 else None
+        return [
+            (plan, clip)
+            for plan, clip in zip(plans, out, strict=True)
+            if kept is None or not kept.load(self._key(video, plan), clip)
+        ]
+
+    def _make(self, cache: FrameCache | None, video: Video, content: bytes, missing: Missing) -> None:
+        """Decode the missing views, and keep them if the bytes are those that the index names."""
+        _decode(content, [plan for plan, _ in missing], [clip for _, clip in missing], self.data)
+        if missing and cache is not None and hashlib.sha256(content).digest() == video.sha256:
+            for key, clip in {self._key(video, plan): clip for plan, clip in missing}.items():
+                cache.store(key, clip)
+
+    def _contents(self, videos: Sequence[Video | None]) -> Iterator[bytes | DecodeError]:
+        """The bytes of each video, or why they are not there; empty for `None`."""
         state = pickle.dumps(self.filesystem)
         pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
         try:
-            jobs = [(v, pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None) for v in videos]
-            for video, job in jobs:
-                yield video, job.result() if job else b""
+            jobs = [pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None for v in videos]
+            for job in jobs:
+                yield job.result() if job else b""
         finally:  # where one fails, the others' tries of the same storage are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def decode(self, content: bytes, plans: Sequence[View], out: npt.NDArray[np.uint8]) -> None:
+    def decode(self, content: bytes, plans: Sequence[View], out: Clip) -> None:
         """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""
-        places: dict[int, list[tuple[int, int]]] = {}
-        for view, plan in enumerate(plans):
-            for place, number in enumerate(plan.numbers):
-                places.setdefault(int(number), []).append((view, place))
-        for number, frame in decode_frames(content, sorted(places), decoder=self.data.decoder):
-            done: dict[Box, npt.NDArray[np.uint8]] = {}
-            for view, place in places[number]:
-                box = plans[view].box
-                if box not in done:
-                    done[box] = crop_resize(frame, box, self.data.size)
-                out[view, place] = done[box]
-        for view, plan in enumerate(plans):
-            if plan.changes:
-                out[view] = augment.apply(out[view], plan.changes)
+        _decode(content, plans, out, self.data)
+        _change(plans, out)
 
     def plans(self, video: Video, epoch: int | None) -> Iterator[View]:
         """How a video becomes its clips in an epoch; `None`: in testing."""
@@ -252,6 +278,27 @@ class ClipReader:
         return View(numbers, box, label, augment.draw(data.augment, data.size, changes))
 
 
+def _decode(content: bytes, plans: Sequence[View], out: Sequence[Clip] | Clip, data: DataConfig) -> None:
+    """Fill a clip [T, H, W, 3] of each plan, before its changes."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for view, plan in enumerate(plans):
+        for place, number in enumerate(plan.numbers):
+            places.setdefault(int(number), []).append((view, place))
+    for number, frame in decode_frames(content, sorted(places), decoder=data.decoder):
+        done: dict[Box, npt.NDArray[np.uint8]] = {}
+        for view, place in places[number]:
+            box = plans[view].box
+            if box not in done:
+                done[box] = crop_resize(frame, box, data.size)
+            out[view][place] = done[box]
+
+
+def _change(plans: Sequence[View], out: Clip) -> None:
+    for view, plan in enumerate(plans):
+        if plan.changes:
+            out[view] = augment.apply(out[view], plan.changes)
+
+
 def column_of(features: FeatureSet) -> str:
     """The column of a cache's tokens."""
     return f"tokens.{features.stream}"
@@ -266,6 +313,7 @@ def _video(index: SplitIndex, number: int) -> Video | None:
         shard=index.shards[index.shard[sample]],
         key=str(index.key[sample]),
         use=use,
+        sha256=index.sha256[sample].tobytes(),
         **{name: int(getattr(index, name)[sample]) for name in ("label", "offset", "size", "frames", "width", "height")},
     )
 

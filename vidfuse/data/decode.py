@@ -6,7 +6,8 @@ header's count is believed and nothing seeks, which is what keeps the frames rig
 `data.transcode` wrote (each packet is a frame, each GOP is closed) those GOPs are left out of which no frame is wanted.
 
 One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` is called the way in which it
-neither crashes nor shifts frames (bytes through a file in shared memory, one thread, every frame in order).
+does not shift frames and seldom crashes (bytes through a file in memory, one thread, every frame in order), and in a process of its
+own (`data.contained`), since broken videos make it crash all the same: that, or a hang, is a `DecodeError` of the one video.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import contextlib
 import importlib.util
 import io
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import av
@@ -27,6 +28,8 @@ import av.logging
 import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
+
+from vidfuse.data import contained
 
 DECODERS = ("pyav", "decord")
 MAX_FRAMES = 36_000
@@ -37,7 +40,7 @@ CLOSED_GOPS = "vidfuse: closed GOPs, a frame a packet"
 """Comment of an mp4 whose frames can be counted by its packets, and whose GOPs can be decoded by themselves."""
 _CHUNK = 16
 """Frames that decord holds at a time."""
-_SHARED_MEMORY = Path("/dev/shm")
+_IN_MEMORY = hasattr(os, "memfd_create")
 
 Frame = npt.NDArray[np.uint8]
 
@@ -92,7 +95,7 @@ def probe(video: bytes, *, decoder: str = "pyav") -> VideoInfo:
             pixels than `MAX_FRAMES` and `MAX_PIXELS`.
         ValueError: an unknown decoder.
     """
-    return _pick(decoder, _probe_pyav, _probe_decord)(video)
+    return _pick(decoder, _probe_pyav, _probe_contained)(video)
 
 
 def decode_frames(video: bytes, wanted: Sequence[int], *, decoder: str = "pyav") -> Iterator[tuple[int, Frame]]:
@@ -112,7 +115,7 @@ def decode_frames(video: bytes, wanted: Sequence[int], *, decoder: str = "pyav")
     indices = sorted({int(index) for index in wanted})
     if indices and indices[0] < 0:
         raise ValueError(f"frames are counted from 0, wanted {indices[0]}")
-    return _pick(decoder, _decode_pyav, _decode_decord)(video, indices)
+    return _pick(decoder, _decode_pyav, _decode_contained)(video, indices)
 
 
 def inspect(video: bytes, wanted: Sequence[int] = ()) -> tuple[Inspection, list[Frame]]:
@@ -298,9 +301,10 @@ def _matroska_bytes(video: bytes) -> int:
     return position
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DecodeError(f"a frame of {width} x {height} pixels; at most {MAX_PIXELS} pixels are read, make the video smaller")
+def _check_pixels(width: int, height: int, most: int = 0) -> None:
+    most = most or MAX_PIXELS
+    if width * height > most:
+        raise DecodeError(f"a frame of {width} x {height} pixels; at most {most} pixels are read, make the video smaller")
 
 
 def _rgb(convert: VideoReformatter, frame: Any) -> Frame:
@@ -330,40 +334,66 @@ def faults() -> Iterator[None]:
         raise DecodeError(" ".join(reason.split())[:300]) from error
 
 
-# --- decord ---
+# --- decord: the functions that import it run in another process, to which the bounds of this one travel ---
 
 
-def _probe_decord(video: bytes) -> VideoInfo:
-    with faults(), _reader(video) as reader:
+def _probe_contained(video: bytes) -> VideoInfo:
+    with _crashes():
+        *_, info = contained.iterate(_probe_decord, video, MAX_FRAMES, MAX_PIXELS)
+    assert info is not None
+    return info
+
+
+def _decode_contained(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    with _crashes():
+        for some in contained.iterate(_decode_decord, video, indices, MAX_FRAMES, MAX_PIXELS) if indices else ():
+            yield from some
+
+
+@contextlib.contextmanager
+def _crashes() -> Iterator[None]:
+    try:
+        yield
+    except contained.CrashError as error:
+        raise DecodeError(f"the decoder {error}") from None
+
+
+def _probe_decord(video: bytes, most_frames: int, most_pixels: int) -> Iterator[VideoInfo | None]:
+    """Yield `None` for each chunk that decodes, as a sign of life, and in the end what the video is."""
+    with faults(), _reader(video, most_frames, most_pixels) as reader:
         count, fps = len(reader), float(reader.get_avg_fps())
         height = width = 0
         for start in range(0, count, _CHUNK):
             height, width = reader.get_batch(range(start, min(start + _CHUNK, count))).shape[1:3]
+            yield None
         fps, duration = _timing(count, fps, 0.0)
-        return VideoInfo(count, fps, duration, width, height, "")
+        yield VideoInfo(count, fps, duration, width, height, "")
 
 
-def _decode_decord(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
-    if not indices:
-        return
-    with faults(), _reader(video) as reader:
+def _decode_decord(
+    video: bytes, indices: Sequence[int], most_frames: int, most_pixels: int
+) -> Iterator[list[tuple[int, Frame]]]:
+    """Yield the wanted frames of each chunk, also where there are none."""
+    with faults(), _reader(video, most_frames, most_pixels) as reader:
         if indices[-1] >= len(reader):
             raise DecodeError(f"frame {indices[-1]} is wanted, the video has {len(reader)}")
         for start in range(0, indices[-1] + 1, _CHUNK):
             chunk = reader.get_batch(range(start, min(start + _CHUNK, indices[-1] + 1))).asnumpy()
-            yield from ((index, chunk[index - start].copy()) for index in indices if start <= index < start + len(chunk))
+            yield [(index, chunk[index - start]) for index in indices if start <= index < start + len(chunk)]
 
 
 @contextlib.contextmanager
-def _reader(video: bytes) -> Iterator[Any]:
+def _reader(video: bytes, most_frames: int, most_pixels: int) -> Iterator[Any]:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    with tempfile.NamedTemporaryFile(dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None, suffix=".video") as file:
+    # A file without a name: a crash leaves none behind.
+    with os.fdopen(os.memfd_create("video"), "wb") if _IN_MEMORY else tempfile.TemporaryFile() as file:
         file.write(video)
         file.flush()
-        reader = decord.VideoReader(file.name, num_threads=1)
-        if not 0 < len(reader) <= MAX_FRAMES:
-            raise DecodeError(f"{len(reader)} frames; 1 to {MAX_FRAMES} are read")
-        _check_pixels(*reader[0].shape[1::-1])
+        reader = decord.VideoReader(f"/dev/fd/{file.fileno()}", num_threads=1)
+        if not 0 < len(reader) <= most_frames:
+            raise DecodeError(f"{len(reader)} frames; 1 to {most_frames} are read")
+        height, width = reader[0].shape[:2]
+        _check_pixels(width, height, most_pixels)
         yield reader

@@ -37,7 +37,7 @@ from vidfuse.on_ray.monitor import Monitor
 from vidfuse.on_ray.recovery import QuickTorchConfig, keep_statistics_here
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.standby import environment, stand_by
-from vidfuse.on_ray.storage import check_storage, exists, open_storage, read_bytes
+from vidfuse.on_ray.storage import StorageError, check_storage, exists, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
@@ -173,6 +173,7 @@ def check(config: Config) -> PackedSet:
     packed = open_set(config)
     check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0)
     check_storage(config.run.storage, write=True)
+    _check_frame_cache(config.data)
     folder = RunFolder.of(config.run)
     last, _ = folder.choose("last", (STATE,))
     state = None if last is None else folder.state(last)
@@ -183,6 +184,21 @@ def check(config: Config) -> PackedSet:
     if state is not None:
         check_matches(state, config, manifest=packed.manifest, frozen=state.frozen, draws=packed.draws.digest)
     return packed
+
+
+def _check_frame_cache(data: DataConfig) -> None:
+    """Of this machine; another one that has no such place decodes, with a warning."""
+    clip = data.frames * data.size**2 * 3
+    if data.frame_cache is None:
+        return
+    if data.frame_cache_bytes <= clip:
+        raise ConfigError(
+            f"data.frame_cache_bytes: {data.frame_cache_bytes:,} do not hold one clip of {clip:,} bytes; raise it"
+        )
+    try:
+        check_storage(data.frame_cache, write=True)
+    except StorageError as error:
+        raise ConfigError(f"data.frame_cache: {error}") from None
 
 
 def check_model(config: Config, state: State | None = None) -> Recognizer:
