@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         return 0
     cli.start_ray()
-    study = search.run(wanted, facts=cli.facts(), on_told=cli.say)
-    for line in answers.write(wanted, study):
+    facts = cli.facts()
+    study = search.run(wanted, facts=facts, on_told=cli.say)
+    for line in answers.write(wanted, study, facts):
         cli.say(line)
     return 0
 

@@ -1,23 +1,32 @@
 """What a search found, in a form a person can act on.
 
-Comes in: a search and its study. Goes out, in the search's folder: `best.yaml`, the best trial's config for `jobs.train --config`, and
-`trials.json`, every trial with its values and figures.
+Comes in: a search and its study. Goes out, in the search's folder: `report.html`, with Optuna's own plots; `best.yaml`, the best
+trial's config for `jobs.train --config`; `trials.json`, every trial with its values and figures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import matplotlib as mpl
 import optuna
+from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as plots
 
 from tuning.search import Search, ended, trial_name
 from tuning.spaces import Values, asked, settings
 from vidfuse.config import override
 from vidfuse.data.shards import DataError
+from vidfuse.evaluate import drawing, page
 from vidfuse.on_ray.storage import join, open_storage, write_bytes
+
+ENOUGH = 2
+"""Trials that a plot over trials needs."""
 
 
 def values_of(search: Search, trial: FrozenTrial) -> Values:
@@ -49,7 +58,7 @@ def best(search: Search, study: optuna.Study) -> list[FrozenTrial]:
     return sorted(study.best_trials, key=lambda t: t.values[0], reverse=True) if search.options.pareto else order[:3]
 
 
-def write(search: Search, study: optuna.Study) -> Iterator[str]:
+def write(search: Search, study: optuna.Study, facts: Mapping[str, str]) -> Iterator[str]:
     """Write the files; what was found, in words.
 
     Raises:
@@ -60,12 +69,127 @@ def write(search: Search, study: optuna.Study) -> Iterator[str]:
     config = override(search.base, [*settings(values_of(search, chosen[0])), f"run.name={search.name}-best"])
     write_bytes(filesystem, join(root, "best.yaml"), config.to_yaml().encode())
     write_bytes(filesystem, join(root, "trials.json"), json.dumps(_tree(search, study), indent=1).encode())
+    write_bytes(filesystem, join(root, "report.html"), report(search, study, facts).encode())
     states = [trial.state.name.lower() for trial in ended(study)]
     yield f"{len(states)} trials, {states.count('fail')} failed"
     for trial in chosen:
-        cost = f", {trial.values[1]:,.0f} trained parameters" if search.options.pareto else ""
-        yield f"top-1 {trial.values[0]:.4f}{cost}: --set {' '.join(settings(values_of(search, trial)))}"
-    yield f"retrain the best: python -m jobs.train --config {join(search.url, 'best.yaml')} --set train.epochs=..."
+        yield f"top-1 {trial.values[0]:.4f}{_cost(search, trial)}: --set {' '.join(settings(values_of(search, trial)))}"
+    yield f"report: {join(search.url, 'report.html')}"
+    yield f"the best again, for longer: python -m jobs.train --config {join(search.url, 'best.yaml')} --set train.epochs=..."
+
+
+def report(search: Search, study: optuna.Study, facts: Mapping[str, str]) -> str:
+    """The page."""
+    order, everyone = judged(study), ended(study)
+    pictures = {
+        name: {"heading": heading, "about": about, "drawn": page.inline({name: (figure, heading)})[name]}
+        for name, (heading, about, figure) in _pictures(search, study).items()
+    }
+    epochs = sum(_epochs(trial) for trial in everyone)
+    full = len(everyone) * search.base.train.epochs
+    headlines = [
+        page.Headline("Best validation top-1", page.percent(order[0].values[0]), f"trial {order[0].number}"),
+        page.Headline("Trials", f"{len(everyone)}", f"{len(everyone) - len(order)} without a figure"),
+        page.Headline("Epochs", f"{epochs:,}", f"of {full:,} that all trials would have taken"),
+    ]
+    return page.render(
+        "search.html.j2",
+        title=search.name,
+        url=search.url,
+        headlines=headlines,
+        about_best="Those that no other beats in both accuracy and parameters."
+        if search.options.pareto
+        else "By their best validation.",
+        best=[
+            {
+                "top1": t.values[0],
+                "cost": f"{t.values[1]:,.0f}" if search.options.pareto else "",
+                "settings": settings(values_of(search, t)),
+            }
+            for t in best(search, study)
+        ],
+        pictures=pictures,
+        paths=list(search.space.parameters),
+        trials=[
+            {
+                "number": t.number,
+                "top1": t.values[0] if t.values else None,
+                "epochs": _epochs(t),
+                "seconds": _seconds(t),
+                "values": {path: _shown(value) for path, value in values_of(search, t).items()},
+                "state": t.state.name.lower(),
+            }
+            for t in everyone
+        ],
+        facts={**facts, **{name: str(value) for name, value in search.options.model_dump().items()}},
+    )
+
+
+def _pictures(search: Search, study: optuna.Study) -> dict[str, tuple[str, str, Figure]]:
+    """Heading, words and figure by name; those for which there are too few trials are left out."""
+    several = search.options.pareto
+    accuracy: dict[str, Any] = {"target": lambda trial: trial.values[0], "target_name": "top-1"}
+    varied = len({json.dumps(trial.params, sort_keys=True) for trial in judged(study)}) >= ENOUGH
+    shown: dict[str, tuple[str, str, Callable[[], Any]]] = {
+        "history": ("History", "Each trial's best validation, in the order in which they ended.",
+                    lambda: plots.plot_optimization_history(study, **accuracy)),
+        "importance": ("What mattered", "Share of the differences between trials that a parameter explains (fANOVA).",
+                       lambda: plots.plot_param_importances(study, **accuracy)),
+        "together": ("Together", "A line is a trial; its colour is its top-1.", lambda: plots.plot_parallel_coordinate(study, **accuracy)),
+        "each": ("One by one", "Top-1 over each parameter's values.", lambda: plots.plot_slice(study, **accuracy)),
+    }  # fmt: skip
+    if several:
+        shown["front"] = (
+            "Accuracy and parameters",
+            "The Pareto front among all trials.",
+            lambda: plots.plot_pareto_front(study, target_names=["top-1", "trained parameters"]),
+        )
+    else:
+        shown["curves"] = (
+            "Curves",
+            "Best validation so far of each trial, by epoch.",
+            lambda: plots.plot_intermediate_values(study),
+        )
+    drawn = {}
+    for name, (heading, about, plot) in shown.items():
+        figure = _drawn(plot) if varied else None
+        if figure is not None:
+            drawn[name] = (heading, about, figure)
+    return drawn
+
+
+def _drawn(plot: Callable[[], Any]) -> Figure | None:
+    """A plot of Optuna's as a figure of ours; `None` where it has too little to say."""
+    with mpl.rc_context({**drawing.STYLE, "backend": "Agg"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            axes = plot()
+        except (ValueError, RuntimeError):  # Optuna's own word for too few or too equal trials
+            return None
+        first = axes.flat[0] if hasattr(axes, "flat") else axes
+        figure: Figure = first.figure
+        figure.set_size_inches(drawing.WIDTH_INCHES, 4.2)
+        from matplotlib import pyplot
+
+        pyplot.close(figure)
+    return figure
+
+
+def _cost(search: Search, trial: FrozenTrial) -> str:
+    return f", {trial.values[1]:,.0f} trained parameters" if search.options.pareto else ""
+
+
+def _epochs(trial: FrozenTrial) -> int:
+    """Epochs of a trial; searches of two aims do not note them."""
+    return max(trial.intermediate_values, default=0)
+
+
+def _seconds(trial: FrozenTrial) -> float | None:
+    return trial.duration.total_seconds() if trial.duration else None
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def _tree(search: Search, study: optuna.Study) -> dict[str, Any]:
@@ -81,7 +205,7 @@ def _tree(search: Search, study: optuna.Study) -> dict[str, Any]:
                 "values": values_of(search, trial),
                 "figures": trial.values,
                 "by_epoch": trial.intermediate_values,
-                "seconds": trial.duration.total_seconds() if trial.duration else None,
+                "seconds": _seconds(trial),
             }
             for trial in ended(study)
         ],

@@ -16,6 +16,7 @@ import json
 import logging
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
+_ALMOST_NOTHING = {"CPU": 0, "memory": 1}
+"""What Tune reserves for the process of a trial, a byte: its workers have a placement group of their own."""
 CONTINUED = "continued"
 """Mark of a trial that was under way when its search was killed; another one goes on with its values."""
 
@@ -116,9 +119,13 @@ def room(search: Search) -> int:
     """
     one = fit.resources(search.base)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    per_worker = search.base.cluster.cpus_per_worker
-    workers = [int(node.get("GPU", 0)) if one.gpu else int(node.get("CPU", 0) / per_worker + 1e-9) for node in nodes]
-    fits = sum(workers) // one.most
+    per_worker = (
+        search.base.cluster.cpus_per_worker + search.base.data.cpus_per_task
+    )  # a worker that nobody reads for waits for ever
+    rooms = [int(node.get("CPU", 0) / per_worker + 1e-9) for node in nodes]
+    if one.gpu:
+        rooms = [min(int(node.get("GPU", 0)), cpus) for node, cpus in zip(nodes, rooms, strict=True)]
+    fits = sum(rooms) // one.most
     asked = search.options.together
     if asked is not None and asked > fits:
         raise ConfigError(
@@ -136,6 +143,7 @@ def study_of(search: Search) -> optuna.Study:
         StorageError: its storage cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     directions: list[Literal["minimize", "maximize"]] = ["maximize", "minimize"] if search.options.pareto else ["maximize"]
     wanted = {"space": search.space.to_json(), "config": search.base.digest()}
     try:
@@ -201,9 +209,9 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
     open_storage(search.url, write=True)
     filesystem, root = open_storage(search.url)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, search=search, facts=dict(facts)), {"CPU": 0}),
+        tune.with_resources(tune.with_parameters(_trial, search=search, facts=dict(facts)), _ALMOST_NOTHING),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once, reuse_actors=True
+            search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once
         ),
         run_config=tune.RunConfig(
             name="tune", storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[_Tell(on_told)],

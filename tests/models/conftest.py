@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from vidfuse.models.recognizer import build_recognizer
+from vidfuse.models.building import build_recognizer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,13 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from vidfuse.models import adapt, select
-from vidfuse.models.recognizer import (
-    build_recognizer,
-    checkpoint_activations,
-    frozen_digest,
-    parameter_table,
-    trainable_state,
-)
+from vidfuse.models.building import build_recognizer
+from vidfuse.models.recognizer import checkpoint_activations, frozen_digest, parameter_table, trainable_state
 
 FRAMES, SIZE = 4, 32
 VITS = {

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vidfuse.models.building import build_recognizer
 from vidfuse.models.grid import pool
 from vidfuse.models.parts import Tokens
-from vidfuse.models.recognizer import build_recognizer
 
 
 def tokens_of(grid: tuple[int, int, int], *, mask=None, seed: int = 0) -> Tokens:

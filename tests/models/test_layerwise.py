@@ -8,16 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from vidfuse.models import lockstep, select
+from vidfuse.models.building import build_recognizer
 from vidfuse.models.exchange import StochasticDepth
 from vidfuse.models.layers import grid_positions
 from vidfuse.models.parts import Interleaved, Stepwise
-from vidfuse.models.recognizer import (
-    build_recognizer,
-    checkpoint_activations,
-    frozen_digest,
-    parameter_table,
-    trainable_state,
-)
+from vidfuse.models.recognizer import checkpoint_activations, frozen_digest, parameter_table, trainable_state
 from vidfuse.presets import get
 from vidfuse.train.model import model_of
 from vidfuse.train.optim import parameter_groups

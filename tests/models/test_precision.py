@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from vidfuse.models import precision
-from vidfuse.models.recognizer import build_recognizer, checkpoint_activations
+from vidfuse.models.building import build_recognizer
+from vidfuse.models.recognizer import checkpoint_activations
 
 
 @pytest.fixture(params=[False, True], ids=["emulated", "native"])

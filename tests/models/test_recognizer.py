@@ -6,13 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidfuse.models.recognizer import (
-    build_recognizer,
-    checkpoint_activations,
-    frozen_digest,
-    parameter_table,
-    trainable_state,
-)
+from vidfuse.models.building import build_recognizer
+from vidfuse.models.recognizer import checkpoint_activations, frozen_digest, parameter_table, trainable_state
 
 R3D = {"name": "r3d", "frozen": False, "weights": None, "options": {"stage": "layer2"}}
 MEAN = {"name": "mean", "options": {"width": 16}}

@@ -29,7 +29,7 @@ with install_import_hook("vidfuse.models", "beartype.beartype"):
     from vidfuse.models import select
     from vidfuse.models.layers import grid_positions
     from vidfuse.models.parts import Tokens
-    from vidfuse.models.recognizer import build_recognizer
+    from vidfuse.models.building import build_recognizer
     from tests.support import clip_for, few_blocks
     for name in select.names("backbones"):
         frames, size = clip_for(name)

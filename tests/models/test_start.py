@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidfuse.models.recognizer import build_recognizer, frozen_digest, trainable_state
+from vidfuse.models.building import build_recognizer
+from vidfuse.models.recognizer import frozen_digest, trainable_state
 from vidfuse.models.start import header, restart, start
 
 

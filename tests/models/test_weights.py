@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vidfuse.models import select, weights
-from vidfuse.models.recognizer import build_recognizer
+from vidfuse.models.building import build_recognizer
 
 R3D = {"name": "r3d", "frozen": True, "options": {"stage": "layer2"}}
 

@@ -18,7 +18,8 @@ from tests import support
 from vidfuse.config import ConfigError, from_mapping, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.models import select
-from vidfuse.models.recognizer import build_recognizer, frozen_digest, trainable_state
+from vidfuse.models.building import build_recognizer
+from vidfuse.models.recognizer import frozen_digest, trainable_state
 from vidfuse.models.start import header
 from vidfuse.on_ray import fit, weights
 from vidfuse.on_ray.judge import judge

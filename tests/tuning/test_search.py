@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,17 +60,17 @@ def settled(seconds: float = 30) -> bool:
 
 def test_twelve_trials_with_room_for_two_end_and_leave_nothing(base):
     """Where a stopped trial keeps its placement group, the search hangs at the third (ray#54305)."""
-    wanted = planned(base, "twelve", trials=12, reduction=2)
+    wanted = planned(base, "twelve", trials=12, reduction=2, together=2)
     search.check(wanted)
     told: list[str] = []
-    study = search.run(wanted, facts={}, on_told=told.append)
+    study = search.run(wanted, facts={}, on_told=lambda line: told.append(line) or print(f"{time.monotonic():.1f} {line}"))
     trials = ended(study)
     assert len(trials) == 12 and all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
     epochs = [max(t.intermediate_values) for t in trials]
     assert max(epochs) == 4 and sum(e < 4 for e in epochs) >= 4, epochs
     assert len([line for line in told if line.startswith("trial-")]) == 12
     assert settled(), groups()
-    lines = list(answers.write(wanted, study))
+    lines = list(answers.write(wanted, study, {"git_revision": "test"}))
     assert "12 trials, 0 failed" in lines[0] and lines[1].startswith(
         f"top-1 {max(t.values[0] for t in trials):.4f}: --set model.fusion"
     )
@@ -97,12 +100,47 @@ def test_a_study_of_another_space_is_refused(base):
 
 
 def test_more_at_a_time_than_there_is_room_for_is_refused(base):
-    with pytest.raises(ConfigError, match="9 trials of 1 workers do not fit at a time, 4 do"):
+    with pytest.raises(ConfigError, match="9 trials of 1 workers do not fit at a time, 3 do"):
         search.room(planned(base, "room", together=9))
-    assert search.room(planned(base, "room")) == 4
+    assert search.room(planned(base, "room")) == 3
 
 
 def test_trials_are_judged_by_validation(base):
     seldom = planned(override(base, ["train.validate_every_epochs=2"]), "seldom")
     with pytest.raises(ConfigError, match=r"--grace-epochs: 1; from train.validate_every_epochs = 2 to train.epochs = 4"):
         search.check(seldom)
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_loses_nothing(base, tmp_path):
+    """`kill -9` of the driver while trials run; the same command finishes those and the rest."""
+    wanted = planned(override(base, ["train.epochs=30"]), "killed", trials=5, stopping="none")
+    (tmp_path / "config.yaml").write_text(wanted.base.to_yaml())
+    space = Path(base.run.storage).parent / "space.yaml"
+    command = [sys.executable, "-m", "jobs.tune", "--config", str(tmp_path / "config.yaml"), "--space", str(space)]
+    command += ["--trials", "5", "--stopping", "none", "--together", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with open(tmp_path / "log", "wb") as log:
+        first = subprocess.Popen(command, cwd=support.REPO, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 240
+        while not (wanted.journal.exists() and 1 <= len(ended(study_of(wanted))) < 4 and running(wanted)):
+            assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.3)
+        first.kill()
+        first.wait()
+    under_way, done = running(wanted), len(ended(study_of(wanted)))
+    time.sleep(5)  # its cluster goes with it
+    second = subprocess.run(command, cwd=support.REPO, env=environment, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-3000:]
+    trials = ended(study_of(wanted))
+    assert len(trials) == 5 and all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
+    params = [t.params for t in trials]
+    assert under_way and all(p in params for p in under_way)
+    assert second.stdout.count("after 30 epochs") == 5 - done
+    tree = json.loads((Path(wanted.url) / "trials.json").read_text())
+    assert all(max(map(int, t["by_epoch"])) == 30 for t in tree["trials"])
+
+
+def running(wanted: Search) -> list[dict]:
+    """Values of the trials that are under way."""
+    return [t.params for t in study_of(wanted).get_trials(states=(optuna.trial.TrialState.RUNNING,)) if len(t.params) == 2]

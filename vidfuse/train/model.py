@@ -12,7 +12,8 @@ import torch
 
 from vidfuse.config import Config, Stream
 from vidfuse.models import weights
-from vidfuse.models.recognizer import Recognizer, build_recognizer
+from vidfuse.models.building import build_recognizer
+from vidfuse.models.recognizer import Recognizer
 from vidfuse.models.start import restart, start
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
