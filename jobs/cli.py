@@ -41,6 +41,8 @@ RAY_SETTINGS = {
     # A reading process that waits for room in the buffer is kept; Ray would end it after a second and start another one.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray Tune's tables are for notebooks; the job tells each trial in a line.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 """What a cluster that a job starts, and its driver, find in their environment, unless it is there already."""
 

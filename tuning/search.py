@@ -85,9 +85,9 @@ class Search:
         Raises:
             ConfigError: values that do not go together.
         """
-        return override(
-            self.base, [*settings(values), f"run.name={trial_name(values)}", f"run.storage={join(self.url, 'trials')}"]
-        )
+        own = [f"run.name={trial_name(values)}", f"run.storage={join(self.url, 'trials')}"]
+        shared = [f"features.url={self.base.features.url or join(self.base.run.storage, 'features')}"]
+        return override(self.base, [*settings(values), *own, *shared])
 
 
 def trial_name(values: Values) -> str:

@@ -16,7 +16,7 @@ import ray
 from tests import support
 from tests.jobs.test_ablate import TINY
 from tuning import answers, search
-from tuning.search import Search, ended, study_of
+from tuning.search import Search, ended, study_of, trial_name
 from tuning.spaces import space_of
 from vidfuse.config import Config, ConfigError, SearchConfig, override, read_file
 from vidfuse.data.layouts import read_layout
@@ -105,6 +105,13 @@ def test_a_study_of_another_space_is_refused(base):
         study_of(Search(override(other.base, ["train.epochs=5"]), other.space, other.options))
     with pytest.raises(ConfigError, match="was begun without --pareto"):
         study_of(planned(base, "again", pareto=True))
+
+
+def test_trials_share_the_cached_features_of_their_search(base):
+    wanted = planned(override(base, ["data.features=auto"]), "shared")
+    config = wanted.config({"train.learning_rate": 1e-3})
+    assert config.features.url == f"{base.run.storage}/features" and config.run.storage.endswith("shared-space/trials")
+    assert config.train.learning_rate == 1e-3 and config.run.name == trial_name({"train.learning_rate": 1e-3})
 
 
 def test_more_at_a_time_than_there_is_room_for_is_refused(base):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,9 @@ from vidfuse.on_ray.tasks import Progress
 from vidfuse.on_ray.weights import local
 from vidfuse.train.model import DTYPES, started
 
+TELL_SECONDS = 5.0
+"""Between two words on how far it is."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +79,7 @@ def compute(
         packed: its packed set.
         model: of the config, on the meta device.
         caches: what is to be made.
-        on_progress: is called after each part.
+        on_progress: is called now and then, and at the end.
 
     Raises:
         DataError: a stream gives numbers that are not finite.
@@ -91,6 +95,7 @@ def compute(
     sizes = [sum(_row_bytes(tokens[c.recipe.stream].values.shape, config) for c in job.caches) for job in jobs]
     videos = [job.samples * job.draws for job in jobs]
     progress = Progress(sum(n * size for n, size in zip(videos, sizes, strict=True)), sum(videos))
+    told = 0.0
     for job, size in zip(jobs, sizes, strict=True):
         records = [_records(cache) for cache in job.caches]
         todo = [n for n in range(job.parts) if any(n not in of for of in records)]
@@ -104,7 +109,9 @@ def compute(
             progress.videos += _videos_of(job, number)
             progress.bytes += _videos_of(job, number) * size
             progress.quarantined += len(written[0].unreadable)
-            on_progress(progress)
+            if progress.videos == progress.videos_total or time.monotonic() - told >= TELL_SECONDS:
+                told = time.monotonic()
+                on_progress(progress)
         for cache, of in zip(job.caches, records, strict=True):
             _finish(cache, job, tokens[cache.recipe.stream], of)
 
