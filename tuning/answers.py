@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
-from tuning.search import Search, ended, trial_name
+from tuning.search import EPOCHS, Search, ended, trial_name
 from tuning.spaces import Values, asked, settings
 from vidfuse.config import override
 from vidfuse.data.shards import DataError
@@ -169,6 +169,7 @@ def _drawn(plot: Callable[[], Any]) -> Figure | None:
         first = axes.flat[0] if hasattr(axes, "flat") else axes
         figure: Figure = first.figure
         figure.set_size_inches(drawing.WIDTH_INCHES, 4.2)
+        figure.set_layout_engine("constrained")
         from matplotlib import pyplot
 
         pyplot.close(figure)
@@ -180,8 +181,7 @@ def _cost(search: Search, trial: FrozenTrial) -> str:
 
 
 def _epochs(trial: FrozenTrial) -> int:
-    """Epochs of a trial; searches of two aims do not note them."""
-    return max(trial.intermediate_values, default=0)
+    return int(trial.user_attrs.get(EPOCHS, max(trial.intermediate_values, default=0)))
 
 
 def _seconds(trial: FrozenTrial) -> float | None:
@@ -204,6 +204,7 @@ def _tree(search: Search, study: optuna.Study) -> dict[str, Any]:
                 "state": trial.state.name.lower(),
                 "values": values_of(search, trial),
                 "figures": trial.values,
+                "epochs": _epochs(trial),
                 "by_epoch": trial.intermediate_values,
                 "seconds": _seconds(trial),
             }

@@ -51,6 +51,8 @@ SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 _ALMOST_NOTHING = {"CPU": 0, "memory": 1}
 """What Tune reserves for the process of a trial, a byte: its workers have a placement group of their own."""
+EPOCHS = "epochs"
+"""Note of a trial: how many it had."""
 CONTINUED = "continued"
 """Mark of a trial that was under way when its search was killed; another one goes on with its values."""
 
@@ -198,7 +200,7 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
     if left <= 0:
         return study
     fit.features_of(search.base, lambda event: on_told(f"features  {event['features']}"))  # once for all
-    searcher = OptunaSearch(
+    searcher = _Searcher(
         space=search.space.suggest,
         metric=[METRIC, COST] if search.options.pareto else METRIC,
         mode=["max", "min"] if search.options.pareto else "max",
@@ -247,6 +249,15 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that count: finished, early or not, or failed by themselves."""
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     return [trial for trial in study.get_trials(deepcopy=False, states=states) if CONTINUED not in trial.user_attrs]
+
+
+class _Searcher(OptunaSearch):
+    """Ray's, which also notes how far each trial came."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if result and "epoch" in result and trial_id in self._ot_trials:
+            self._ot_trials[trial_id].set_user_attr(EPOCHS, result["epoch"])
+        super().on_trial_complete(trial_id, result, error)
 
 
 class _Tell(tune.Callback):

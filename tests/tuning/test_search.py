@@ -16,7 +16,7 @@ import ray
 from tests import support
 from tests.jobs.test_ablate import TINY
 from tuning import answers, search
-from tuning.search import Search, ended, study_of, trial_name
+from tuning.search import EPOCHS, Search, ended, study_of, trial_name
 from tuning.spaces import space_of
 from vidfuse.config import Config, ConfigError, SearchConfig, override, read_file
 from vidfuse.data.layouts import read_layout
@@ -64,7 +64,7 @@ def test_a_search_answers_with_a_page_a_config_and_settings(base):
     told: list[str] = []
     study = search.run(wanted, facts={}, on_told=told.append)
     trials = ended(study)
-    assert len(trials) == 3 and all(max(t.intermediate_values) == 4 for t in trials)
+    assert len(trials) == 3 and all(t.user_attrs[EPOCHS] == 4 for t in trials)
     assert len([line for line in told if line.startswith("trial-") and "after 4 epochs" in line]) == 3
     lines = list(answers.write(wanted, study, {"git_revision": "test"}))
     assert lines[0] == "3 trials, 0 failed"
@@ -87,7 +87,7 @@ def test_twelve_trials_with_room_for_two_end_and_leave_nothing(base):
     study = search.run(wanted, facts={}, on_told=print)
     trials = ended(study)
     assert len(trials) == 12 and all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
-    epochs = [max(t.intermediate_values) for t in trials]
+    epochs = [t.user_attrs[EPOCHS] for t in trials]
     assert max(epochs) == 9 and sum(e < 9 for e in epochs) >= 6, epochs
     assert settled(), groups()
 
@@ -153,7 +153,7 @@ def test_a_killed_search_goes_on_and_loses_nothing(base, tmp_path):
     assert under_way and all(p in params for p in under_way)
     assert second.stdout.count("after 30 epochs") == 5 - done
     tree = json.loads((Path(wanted.url) / "trials.json").read_text())
-    assert all(max(map(int, t["by_epoch"])) == 30 for t in tree["trials"])
+    assert all(t["epochs"] == 30 for t in tree["trials"])
 
 
 def running(wanted: Search) -> list[dict]:

@@ -28,7 +28,7 @@ from vidfuse.data.decode import DecodeError, decode_frames
 from vidfuse.data.features import BITS, FeatureSet
 from vidfuse.data.flips import NEVER, Classes
 from vidfuse.data.frame_cache import Clip, FrameCache, key_of
-from vidfuse.data.ranges import read_range
+from vidfuse.data.ranges import EndError, read_range
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
 from vidfuse.data.shards import SplitIndex
 from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
@@ -324,5 +324,7 @@ def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes | Deco
     Raises:
         OSError: the storage does not give it.
     """
-    content = read_range(filesystem, path, offset, size)
-    return content if content is not None else DecodeError(f"the shard ends before byte {offset + size}: it is truncated")
+    try:
+        return read_range(filesystem, path, offset, size)
+    except EndError as end:
+        return DecodeError(f"the shard ends at byte {end.size}, this video at {offset + size}: it is truncated")

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vidfuse.data.ranges import filesystem_of, read_range
+from vidfuse.data.ranges import EndError, filesystem_of, read_range
 from vidfuse.data.shards import DataError, Frozen, parse_record
 
 FORMAT = 1
@@ -144,11 +144,13 @@ class FeatureSet:
         row = sample % PART_VIDEOS * self.views
         path = f"{self.root}/{part_name(number)}.safetensors"
         state = _state(self.filesystem)
-        content = read_range(state, path, self.header_bytes + row * self.row_bytes, self.views * self.row_bytes)
-        if content is None:
+        start, size = self.header_bytes + row * self.row_bytes, self.views * self.row_bytes
+        try:
+            content = read_range(state, path, start, size)
+        except EndError:
             raise DataError(
                 f"{path} is shorter than it was written; remove {self.root} and run `python -m jobs.features` again"
-            )
+            ) from None
         bits = np.frombuffer(content, BITS[self.precision]).reshape(self.views, *self.row_shape)
         if bits[0, 0, 0] == NAN[self.precision] and (bits[0] == NAN[self.precision]).all():
             return bits, _reasons(state, f"{self.root}/{part_name(number)}.json").get(row, "\t\tunreadable when it was cached")

@@ -1,7 +1,7 @@
 """Byte ranges of files on a storage, as reading tasks ask for them.
 
-Comes in: a pickled pyarrow file system (tasks of one process share what they open), a path, a range. Goes out: its bytes; `None`
-where the file ends before it.
+Comes in: a pickled pyarrow file system (tasks of one process share what they open), a path, a range. Goes out: its bytes, or an
+`EndError` where the file ends before it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,19 @@ READS = 3
 """Tries of a byte range, beyond those of the file system: a connection that is lost within the answer is no error to pyarrow."""
 
 
-def read_range(filesystem: bytes, path: str, offset: int, size: int) -> bytes | None:
+class EndError(Exception):
+    """A file ends before a range; `size` is its length in bytes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def read_range(filesystem: bytes, path: str, offset: int, size: int) -> bytes:
     """A byte range of a file.
 
     Raises:
+        EndError: the file ends before it.
         OSError: the storage does not give it.
     """
     for attempt in range(READS):
@@ -25,7 +34,7 @@ def read_range(filesystem: bytes, path: str, offset: int, size: int) -> bytes | 
             _open(filesystem, path) if attempt == 0 else filesystem_of(filesystem).open_input_file(path)
         )  # it may be another now
         if offset + size > file.size():
-            return None
+            raise EndError(file.size())
         try:
             content: bytes = file.read_at(size, offset)
         except OSError:
