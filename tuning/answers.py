@@ -169,7 +169,6 @@ def _drawn(plot: Callable[[], Any]) -> Figure | None:
         first = axes.flat[0] if hasattr(axes, "flat") else axes
         figure: Figure = first.figure
         figure.set_size_inches(drawing.WIDTH_INCHES, 4.2)
-        figure.set_layout_engine("constrained")
         from matplotlib import pyplot
 
         pyplot.close(figure)
