@@ -6,6 +6,7 @@ from jobs import cli
 from vidfuse.config import Config
 from vidfuse.data.flips import flip_lines
 from vidfuse.on_ray import fit
+from vidfuse.on_ray.room import WORKERS_WITHOUT_GPU
 from vidfuse.train import plan
 
 
@@ -22,7 +23,7 @@ def show(config: Config) -> None:
     cli.say("\nweights")
     for line in plan.weights_lines(config, model):
         cli.say(f"  {line}")
-    wanted = config.cluster.workers or fit.WORKERS_WITHOUT_GPU
+    wanted = config.cluster.workers or WORKERS_WITHOUT_GPU
     least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     cli.say(f"\nglobal batch {config.train.global_batch}")
     for line in plan.batch_lines(config, range(least, most + 1)):

@@ -27,6 +27,7 @@ from vidfuse.config import Config, ConfigError, differences, from_mapping, overr
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate import comparison, drawing
 from vidfuse.on_ray import fit
+from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import StorageError, join, open_storage, write_bytes
 from vidfuse.train.errors import CheckpointError, RunError
@@ -195,7 +196,7 @@ def run(
     for cell in ablation.cells:
         if (cell.row.name, cell.seed) not in done:
             with _named(cell):
-                fit.resources(cell.config)
+                resources(cell.config)
     publish(ablation, facts)
     for cell in ablation.cells:
         if stop.is_set():

@@ -35,6 +35,7 @@ from ray.tune.search.optuna import OptunaSearch
 from tuning.spaces import Space, Values, settings
 from vidfuse.config import Config, ConfigError, SearchConfig, override
 from vidfuse.on_ray import fit
+from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.storage import StorageError, join, open_storage
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def room(search: Search) -> int:
     Raises:
         ConfigError: more are asked for than fit, or none does.
     """
-    one = fit.resources(search.base)
+    one = resources(search.base)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     per_worker = (
         search.base.cluster.cpus_per_worker + search.base.data.cpus_per_task

@@ -11,7 +11,7 @@ from tests import support
 from vidfuse.config import ConfigError, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, room
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import StorageError, open_storage, write_bytes
 from vidfuse.presets import PRESETS, get
@@ -124,7 +124,7 @@ def test_a_split_that_does_not_exist(packed):
 @pytest.mark.ray
 def test_more_workers_than_the_cluster_has_room_for(ray_cluster):
     with pytest.raises(ConfigError, match=r"9 workers .* room for 4"):
-        fit.resources(override(get("demo"), ["cluster.workers=9", "train.global_batch=144"]))
+        room.resources(override(get("demo"), ["cluster.workers=9", "train.global_batch=144"]))
 
 
 @pytest.mark.ray
@@ -132,13 +132,13 @@ def test_a_batch_that_the_workers_cannot_divide(ray_cluster):
     with pytest.raises(
         ConfigError, match=r"train\.global_batch: 16 is not divided by every allowed number of workers \(1 to 3\)"
     ):
-        fit.resources(override(get("demo"), ["cluster.workers=[1,3]"]))
+        room.resources(override(get("demo"), ["cluster.workers=[1,3]"]))
 
 
 @pytest.mark.ray
 def test_a_buffer_too_small(ray_cluster):
     with pytest.raises(ConfigError, match=r"data\.buffer_bytes: 1,000"):
-        fit.resources(override(get("demo"), ["data.buffer_bytes=1000"]))
+        room.resources(override(get("demo"), ["data.buffer_bytes=1000"]))
 
 
 def test_weights_of_another_architecture(tmp_path):

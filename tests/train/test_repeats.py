@@ -13,7 +13,7 @@ from tests.train.test_audit import audited
 from vidfuse.config import override
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import room
 from vidfuse.train.loop import run
 from vidfuse.train.model import model_of
 from vidfuse.train.plan import activation_bytes, batch_lines, memory
@@ -91,6 +91,6 @@ def test_the_plan_counts_the_clips():
 
 def test_a_buffer_must_hold_the_repeats():
     needed = 8 * 4 * 4 * 32**2 * 3  # blocks x micro batch x frames x size x size x colours
-    fit._check_buffer(config(data__buffer_bytes=needed), 1)
+    room._check_buffer(config(data__buffer_bytes=needed), 1)
     with pytest.raises(ValueError, match=rf"micro batches of 12 clips.*at least {3 * needed:,} .*data\.repeats"):
-        fit._check_buffer(config(data__buffer_bytes=needed, **THREE), 1)
+        room._check_buffer(config(data__buffer_bytes=needed, **THREE), 1)
