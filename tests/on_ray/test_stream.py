@@ -70,6 +70,26 @@ def test_an_epoch_uses_every_sample_once_in_equal_steps(packed, workers):
     assert sorted(used) == [(epoch, sample) for epoch in (0, 1) for sample in range(TRAIN)]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streams_end_inside_of_epochs_and_lose_nothing(packed, workers, monkeypatch):
+    """Pieces of an epoch and of several, in the order of one long stream."""
+    order = {}
+    for first, others in ((512, 2048), (1, 3)):
+        monkeypatch.setattr("vidfuse.data.feed.FIRST_PARTS", first)
+        monkeypatch.setattr("vidfuse.data.feed.PARTS_AT_ONCE", others)
+        feeds = [feed_of(packed, workers, rank, decoder="pyav") for rank in range(workers)]
+        order[first] = [
+            batch.samples.tolist()
+            for feed in feeds
+            for epoch in range(3)
+            for micro_batches in feed.train(epoch, feed.order(epoch))
+            for batch in micro_batches
+        ]
+        for feed in feeds:
+            feed.close()
+    assert order[1] == order[512] and sum(s >= 0 for rows in order[1] for s in rows) == 3 * TRAIN
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_scoring_sees_every_sample_once_with_all_its_views(packed, workers):
     batches = {
