@@ -10,7 +10,7 @@ import torch
 from pyarrow import fs as pafs
 from safetensors.torch import load_file
 
-from tests.data.test_repeats import reader_of, videos  # noqa: F401
+from tests.data.test_repeats import reader_of
 from vidfuse.config import ConfigError, from_mapping
 from vidfuse.data.clips import Part
 from vidfuse.data.features import (
@@ -126,7 +126,7 @@ def test_names_follow_what_is_asked_for_and_what_is_behind_it():
 # --- which clip ---
 
 
-def test_epochs_show_the_clips_of_a_video_in_turn(videos):  # noqa: F811
+def test_epochs_show_the_clips_of_a_video_in_turn(videos):
     root, rows = videos
     anew, turns = reader_of(root, 1), reader_of(root, 1, views=2)
     for epoch in range(4):
@@ -134,7 +134,7 @@ def test_epochs_show_the_clips_of_a_video_in_turn(videos):  # noqa: F811
         assert np.array_equal(shown, anew.read(Part(epoch % 2, rows[:2]))["clip"])
 
 
-def test_repeats_and_uses_take_the_next_clips(videos):  # noqa: F811
+def test_repeats_and_uses_take_the_next_clips(videos):
     root, rows = videos
     one, two = reader_of(root, 1, views=5), reader_of(root, 2, views=5)
     clips = [one.read(Part(epoch, rows[:1]))["clip"][0] for epoch in range(5)]

@@ -21,29 +21,13 @@ from tests import support
 from vidfuse.config import ConfigError, from_mapping
 from vidfuse.data import clips as module
 from vidfuse.data import frame_cache
-from vidfuse.data.clips import ClipReader, Part, Video
+from vidfuse.data.clips import ClipReader, Part
 from vidfuse.data.decode import DecodeError
 from vidfuse.data.frame_cache import FrameCache, key_of
 from vidfuse.data.transforms import Box
 
-FRAMES, WIDTH, HEIGHT = 40, 128, 96
 SHAPE = (4, 16, 16, 3)
 ENTRY = 36 + int(np.prod(SHAPE))
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """A file of three videos, the last of them broken, as its folder and index rows."""
-    root = tmp_path_factory.mktemp("shard")
-    content, rows = b"", []
-    for sample in range(3):
-        video = support.make_video(FRAMES, seed=sample, width=WIDTH, height=HEIGHT)
-        video = video if sample < 2 else bytes(len(video))
-        facts = (sample, "a.tar", f"key{sample}", sample, len(content), len(video), FRAMES, WIDTH, HEIGHT)
-        rows.append(Video(*facts, sha256=hashlib.sha256(video).digest()))
-        content += video
-    (root / "a.tar").write_bytes(content)
-    return str(root), tuple(rows)
 
 
 @pytest.fixture

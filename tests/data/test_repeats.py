@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from pyarrow import fs as pafs
 
-from tests import support
+from tests.data.conftest import FRAMES, HEIGHT, WIDTH
 from vidfuse.config import from_mapping
 from vidfuse.data import clips as module
 from vidfuse.data.clips import ClipReader, Part, Video
 from vidfuse.data.feed import read_here
-
-FRAMES, WIDTH, HEIGHT = 40, 128, 96
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """A file of three videos, the last of them broken, as a file system with its root and index rows."""
-    root = tmp_path_factory.mktemp("shard")
-    content, rows = b"", []
-    for sample in range(3):
-        video = support.make_video(FRAMES, seed=sample, width=WIDTH, height=HEIGHT)
-        video = video if sample < 2 else bytes(len(video))
-        rows.append(Video(sample, "a.tar", f"key{sample}", sample, len(content), len(video), FRAMES, WIDTH, HEIGHT))
-        content += video
-    (root / "a.tar").write_bytes(content)
-    return str(root), tuple(rows)
 
 
 def reader_of(root: str, repeats: int, **data) -> ClipReader:

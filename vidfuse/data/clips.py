@@ -140,7 +140,7 @@ class ClipReader:
         """
         views, rows, size = self.views(part.epoch), self.rows(part), self.data.size
         clips = {"clip": np.zeros((rows, self.data.frames, size, size, 3), np.uint8)} if self.decodes else {}
-        cached = {column_of(of): np.zeros((rows, *of.row_shape), BITS[of.precision]) for of in self.features}
+        cached = {column_of(of): np.zeros((rows, *of.row_shape), BITS[of.made.precision]) for of in self.features}
         out: Columns = {
             **clips,
             **cached,
@@ -190,7 +190,7 @@ class ClipReader:
             jobs = [(row, pool.submit(of.read, draw, sample)) for row, draw, sample in wanted]
             for row, job in jobs:
                 bits, reason = job.result()
-                place = slice(row, row + of.views)
+                place = slice(row, row + of.made.views)
                 if not reason:
                     column[place] = bits
                     continue

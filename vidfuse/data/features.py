@@ -113,25 +113,23 @@ class FeatureSet:
 
     filesystem: Any
     root: str
-    stream: str
-    samples: int
-    draws: int
-    views: int
-    tokens: int
-    width: int
-    precision: Precision
-    header_bytes: int
-    positions: tuple[tuple[float, float, float], ...] = ()
+    made: FeatureManifest
+    """What it is, without its parts."""
+
+    @property
+    def stream(self) -> str:
+        """Whose tokens these are."""
+        return self.made.recipe.stream
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return self.tokens * self.width * np.dtype(BITS[self.precision]).itemsize
+        return self.made.tokens * self.made.width * np.dtype(BITS[self.made.precision]).itemsize
 
     @property
     def row_shape(self) -> tuple[int, int]:
         """(N, D)."""
-        return self.tokens, self.width
+        return self.made.tokens, self.made.width
 
     def read(self, draw: int, sample: int) -> tuple[npt.NDArray[Any], str]:
         """The rows of a video in a draw: bit patterns [views, N, D], and why it could not be read (or "").
@@ -140,19 +138,19 @@ class FeatureSet:
             OSError: the storage does not give them.
             DataError: the part is shorter than it was.
         """
-        number = draw * parts_of_draw(self.samples) + sample // PART_VIDEOS
-        row = sample % PART_VIDEOS * self.views
+        number = draw * parts_of_draw(self.made.samples) + sample // PART_VIDEOS
+        row = sample % PART_VIDEOS * self.made.views
         path = f"{self.root}/{part_name(number)}.safetensors"
         state = _state(self.filesystem)
-        start, size = self.header_bytes + row * self.row_bytes, self.views * self.row_bytes
+        start, size = self.made.header_bytes + row * self.row_bytes, self.made.views * self.row_bytes
         try:
             content = read_range(state, path, start, size)
         except EndError:
             raise DataError(
                 f"{path} is shorter than it was written; remove {self.root} and run `python -m jobs.features` again"
             ) from None
-        bits = np.frombuffer(content, BITS[self.precision]).reshape(self.views, *self.row_shape)
-        if bits[0, 0, 0] == NAN[self.precision] and (bits[0] == NAN[self.precision]).all():
+        bits = np.frombuffer(content, BITS[self.made.precision]).reshape(self.made.views, *self.row_shape)
+        if bits[0, 0, 0] == NAN[self.made.precision] and (bits[0] == NAN[self.made.precision]).all():
             return bits, _reasons(state, f"{self.root}/{part_name(number)}.json").get(row, "\t\tunreadable when it was cached")
         return bits, ""
 
@@ -195,11 +193,7 @@ def open_features(filesystem: Any, root: str) -> tuple[FeatureSet, FeatureManife
     if made != FORMAT:
         raise DataError(f"{root}/{MANIFEST} is of format {made}, this version of vidfuse reads {FORMAT}: make the cache anew")
     manifest = parse_record(FeatureManifest, content, f"{root}/{MANIFEST}")
-    fields = {name: getattr(manifest, name) for name in ("samples", "draws", "views", "tokens", "width", "precision")}
-    opened = FeatureSet(
-        filesystem, root, manifest.recipe.stream, **fields, header_bytes=manifest.header_bytes, positions=manifest.positions
-    )
-    return opened, manifest
+    return FeatureSet(filesystem, root, manifest.model_copy(update={"parts": ()})), manifest
 
 
 def _hash(value: Any) -> str:

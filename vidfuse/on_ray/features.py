@@ -236,7 +236,7 @@ def words(cache: Cache) -> str:
     found = find(cache)
     if found is None:
         raise DataError(f"{cache.url} is not there")
-    of, manifest = found
-    size = sum(part.bytes for part in manifest.parts) / 1e6
-    clips = f"{of.samples} videos x {of.draws} clips" if of.draws > 1 else f"{of.samples} videos"
-    return f"{clips} x {of.tokens} tokens of width {of.width}, {of.precision}, {size:,.1f} MB: {cache.url}"
+    made = found[1]
+    size = sum(part.bytes for part in made.parts) / 1e6
+    clips = f"{made.samples} videos x {made.draws} clips" if made.draws > 1 else f"{made.samples} videos"
+    return f"{clips} x {made.tokens} tokens of width {made.width}, {made.precision}, {size:,.1f} MB: {cache.url}"
