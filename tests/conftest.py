@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from jobs import cli
 from tests import support
+from vidfuse.data.clips import Video
 
 END_SECONDS = 90.0
 """How long a process of tests may take to end once they are done."""
@@ -68,3 +70,18 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A file of three videos, the last of them broken, as its folder and index rows."""
+    root = tmp_path_factory.mktemp("shard")
+    (frames, width, height), content, rows = support.VIDEO, b"", []
+    for sample in range(3):
+        video = support.make_video(frames, seed=sample, width=width, height=height)
+        video = video if sample < 2 else bytes(len(video))
+        facts = (sample, "a.tar", f"key{sample}", sample, len(content), len(video), frames, width, height)
+        rows.append(Video(*facts, sha256=hashlib.sha256(video).digest()))
+        content += video
+    (root / "a.tar").write_bytes(content)
+    return str(root), tuple(rows)

@@ -31,6 +31,9 @@ _BLOCK = 16
 
 # --- videos ---
 
+VIDEO = (40, 128, 96)
+"""Frames, width and height of the videos of the fixture `videos`."""
+
 
 def make_video(
     frames: int = 12,

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.data.test_repeats import reader_of, videos  # noqa: F401  (a fixture)
+from tests.data.test_repeats import reader_of
 from vidfuse.config import Augment, ConfigError, from_mapping, override
 from vidfuse.data import augment as module
 from vidfuse.data.augment import OPERATIONS, RAND_AUGMENT, apply, draw
@@ -96,7 +96,7 @@ def test_a_change_says_its_parameters():
     assert str(module.Change("invert", {})) == "invert"
 
 
-def test_a_reader_alters_training_clips_and_no_others(videos):  # noqa: F811
+def test_a_reader_alters_training_clips_and_no_others(videos):
     root, rows = videos
     settings = {"rand_augment": {"probability": 1.0}, "erasing": {"probability": 1.0}}
     plain, altered = reader_of(root, 2), reader_of(root, 2, augment=settings)

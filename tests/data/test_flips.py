@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.test_repeats import reader_of, videos  # noqa: F401  (a fixture)
+from tests.data.test_repeats import reader_of
 from tests.support import shared_data
 from vidfuse.config import ConfigError
 from vidfuse.data.clips import Part
@@ -89,7 +89,7 @@ def test_mirrored_views_are_refused_where_a_class_has_no_mirror_image():
 
 
 @pytest.mark.parametrize("classes", [("to the left", "to the right", "on"), ("to the left", "off", "on")])
-def test_a_mirrored_clip_has_the_mirrored_label(videos, classes):  # noqa: F811
+def test_a_mirrored_clip_has_the_mirrored_label(videos, classes):
     root, rows = videos
     reader = reader_of(root, 24)
     object.__setattr__(reader, "mirrored", mirrored_classes(classes))

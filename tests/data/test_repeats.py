@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pyarrow import fs as pafs
 
-from tests.data.conftest import FRAMES, HEIGHT, WIDTH
+from tests import support
 from vidfuse.config import from_mapping
 from vidfuse.data import clips as module
 from vidfuse.data.clips import ClipReader, Part, Video
@@ -23,7 +23,7 @@ def test_one_repeat_draws_what_was_drawn_before_there_were_repeats():
         (0, 0, [5, 11, 22, 37], (3, 27, 88, 80, True)),
         (2, 7, [6, 15, 29, 37], (1, 6, 84, 78, False)),
     ):
-        video = Video(sample, "s", "k", 0, 0, 0, FRAMES, WIDTH, HEIGHT)
+        video = Video(sample, "s", "k", 0, 0, 0, *support.VIDEO)
         [plan] = reader_of("", 1).plans(video, epoch)
         at = plan.box
         assert plan.numbers.tolist() == numbers and (at.top, at.left, at.height, at.width, at.mirrored) == box
@@ -42,7 +42,7 @@ def test_repeats_differ_and_are_reproducible(videos):
 
 
 def test_frames_and_crops_are_both_drawn_anew():
-    video = Video(0, "s", "k", 0, 0, 0, FRAMES, WIDTH, HEIGHT)
+    video = Video(0, "s", "k", 0, 0, 0, *support.VIDEO)
     plans = list(reader_of("", 8).plans(video, 0))
     assert len({tuple(plan.numbers) for plan in plans}) == len({plan.box for plan in plans}) == 8
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.test_repeats import reader_of, videos  # noqa: F401  (a fixture)
+from tests.data.test_repeats import reader_of
 from vidfuse.data.batch import Batch, SampleError
 from vidfuse.data.clips import Part
 from vidfuse.data.flips import mirrored_classes
@@ -63,7 +63,7 @@ def test_logits_and_probabilities_are_averaged_as_said():
         assert np.allclose(found.probabilities[0], reference.numpy(), atol=1e-6)
 
 
-def test_a_reader_gives_each_view_and_its_mirror_image(videos):  # noqa: F811
+def test_a_reader_gives_each_view_and_its_mirror_image(videos):
     root, rows = videos
     reader = reader_of(root, 1)
     for name, value in (("clips", 2), ("crops", 3), ("flip", True)):
