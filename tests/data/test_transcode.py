@@ -130,9 +130,10 @@ def test_no_encoder(monkeypatch):
         transcode.check_encoder()
 
 
-def test_gops_that_are_left_out_change_no_frame():
+@pytest.mark.parametrize("gop", [5, 12])
+def test_what_is_left_out_changes_no_frame(gop):
     """The mark has `decode_frames` skip; without it every frame is decoded in order: both give the same frames."""
-    made, _ = into_form(make_video(61, suffix="avi", fps=25), TranscodeConfig(gop=5))
+    made, _ = into_form(make_video(61, suffix="avi", fps=25), TranscodeConfig(gop=gop))
     unmarked = made.replace(decode.CLOSED_GOPS.encode(), b"x" * len(decode.CLOSED_GOPS))
     assert unmarked != made
     whole = dict(decode_frames(unmarked, range(61)))
@@ -146,6 +147,27 @@ def test_gops_that_are_left_out_change_no_frame():
     for share in (0.1, 0.5, 0.9):
         with pytest.raises(DecodeError):
             list(decode_frames(made[: int(share * len(made))], [60]))
+
+
+def test_a_frame_to_which_no_other_refers_is_decoded_only_if_it_is_wanted():
+    made, _ = into_form(make_video(24, suffix="avi", fps=25), FORM)
+    with av.open(io.BytesIO(made)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        order = sorted(packet.pts for packet in packets)
+        spare = {  # nal_ref_idc: H.264, 7.4.1; a key frame's packet has other things before it
+            order.index(packet.pts): (packet.pos, packet.size)
+            for packet in packets
+            if not packet.is_keyframe and not bytes(packet)[4] >> 5 & 3
+        }
+    assert len(spare) >= 24 // 2
+    damaged = bytearray(made)
+    for position, size in spare.values():
+        damaged[position + 5 : position + size] = b"\xff" * (size - 5)
+    others = sorted(set(range(24)) - set(spare))
+    found, whole = (dict(decode_frames(bytes(video), others)) for video in (damaged, made))
+    assert list(found) == others and all(np.array_equal(found[number], whole[number]) for number in others)
+    with pytest.raises(DecodeError):
+        list(decode_frames(bytes(damaged), range(24)))
 
 
 # --- real files ---

@@ -3,7 +3,7 @@
 Comes in: the bytes of one encoded video and the indices of the frames wanted. Goes out: uint8 frames [H, W, 3] as shown
 (rotation metadata applied), what the file is, or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no
 header's count is believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs. Of videos that
-`data.transcode` wrote (each packet is a frame, each GOP is closed) those GOPs are left out of which no frame is wanted.
+`data.transcode` wrote (each packet is a frame, each GOP is closed) only what leads to a wanted frame is decoded.
 
 One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` is called the way in which it
 does not shift frames and seldom crashes (bytes through a file in memory, one thread, every frame in order), and in a process of its
@@ -206,9 +206,10 @@ def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Fr
     target, count = next(remaining), 0
     with faults(), _opened(video) as (container, stream):
         convert = VideoReformatter()
-        closed = container.metadata.get("comment") == CLOSED_GOPS
-        frames = _frames_of_gops(container, stream, indices) if closed else enumerate(_frames(container, stream))
-        for number, frame in frames:
+        if container.metadata.get("comment") == CLOSED_GOPS:
+            yield from ((number, _rgb(convert, frame)) for number, frame in _frames_of_gops(container, stream, indices))
+            return
+        for number, frame in enumerate(_frames(container, stream)):
             count = number + 1
             if number != target:
                 continue
@@ -257,28 +258,37 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _frames_of_gops(container: Any, stream: Any, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """Frames with their numbers of the GOPs in which some of `indices` are, and in any case of the last one."""
+    """The frames `indices`, which are increasing, with their numbers; GOPs without one of them are left out."""
     first, gop = 0, list[Any]()
     for packet in container.demux(stream):
         if packet.is_keyframe or not packet.size:  # the packet at the end is empty
-            place = bisect.bisect_left(indices, first)
-            if not packet.size or (place < len(indices) and indices[place] < first + len(gop)):
-                yield from _frames_of_gop(stream.codec_context, first, gop)
+            wanted = indices[bisect.bisect_left(indices, first) : bisect.bisect_left(indices, first + len(gop))]
+            if wanted:
+                yield from _frames_of_gop(stream.codec_context, first, gop, set(wanted))
             first, gop = first + len(gop), []
+            if first > indices[-1]:
+                return
         gop.append(packet)
+    missing = indices[bisect.bisect_left(indices, first)]
+    raise DecodeError(f"frame {missing} is wanted, the video has {first}")
 
 
-def _frames_of_gop(decoder: Any, first: int, packets: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    number = first
-    for packet in (*packets, None):
+def _frames_of_gop(decoder: Any, first: int, packets: Sequence[Any], wanted: set[int]) -> Iterator[tuple[int, Any]]:
+    """As long as some are wanted; frames to which no other refers are not decoded unless they are."""
+    number = {time: place for place, time in enumerate(sorted(packet.pts for packet in packets), start=first)}
+    last = max(place for place, packet in enumerate(packets) if number[packet.pts] in wanted)
+    for packet in (*packets[: last + 1], None):
+        if packet is not None:
+            decoder.skip_frame = "DEFAULT" if number[packet.pts] in wanted else "NONREF"
         for frame in decoder.decode(packet):
             if frame.is_corrupt:
-                raise DecodeError(f"frame {number} is damaged")
+                raise DecodeError(f"frame {number.get(frame.pts)} is damaged")
             _check_pixels(frame.width, frame.height)
-            yield number, frame
-            number += 1
-    if number - first != len(packets):
-        raise DecodeError(f"{number - first} of {len(packets)} frames from {first} on decode: the video is damaged")
+            if (shown := number.get(frame.pts)) in wanted:
+                wanted.remove(shown)
+                yield shown, frame
+    if wanted:
+        raise DecodeError(f"frames {sorted(wanted)} do not decode: the video is damaged")
     decoder.flush_buffers()
 
 
