@@ -7,8 +7,9 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -50,8 +51,27 @@ class Batch:
     features: Mapping[str, Features] = field(default_factory=dict)
     """Cached tokens by stream."""
 
+    counted: Float[Tensor, " B"] | None = None
+    """The weights on the CPU; None: they are there."""
+
+    @property
+    def host_weights(self) -> Float[Tensor, " B"]:
+        """The weights on the CPU, wherever the batch is."""
+        return self.weights if self.counted is None else self.counted
+
     def to(self, device: torch.device) -> Batch:
         """The batch with clips, cached tokens, labels and weights on `device` (`samples` stays on the CPU)."""
-        move = {n: getattr(self, n).to(device, non_blocking=True) for n in ("clips", "labels", "weights")}
-        features = {n: replace(f, values=f.values.to(device, non_blocking=True)) for n, f in self.features.items()}
-        return replace(self, **move, features=features)
+        return replace(self._each(lambda tensor: tensor.to(device, non_blocking=True)), counted=self.host_weights)
+
+    def pinned(self) -> Batch:
+        """The batch in memory from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Have the memory on a GPU not be used anew before `stream` is done with it."""
+        self._each(lambda tensor: tensor.record_stream(stream) or tensor)  # type: ignore[func-returns-value]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in ("clips", "labels", "weights")}
+        features = {name: replace(of, values=change(of.values)) for name, of in self.features.items()}
+        return replace(self, **changed, features=features)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vidfuse.config import Config
 from vidfuse.data.feed import Feed
+from vidfuse.train.ahead import ahead
 from vidfuse.train.run import Run
 from vidfuse.train.step import train_step
 from vidfuse.train.worker import Worker
@@ -45,7 +46,7 @@ def run(config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapp
     with Run(config, worker, feed, folder=folder, facts=facts) as training:
         for epoch in range(training.state.epoch, config.train.epochs):
             training.begin_epoch(epoch)
-            for micro_batches in training.clock.timed(feed.train(epoch, training.left())):
+            for micro_batches in training.clock.timed(ahead(feed.train(epoch, training.left()), worker.device)):
                 result = train_step(training.engine, micro_batches, config.train, feed.world, **training.before_step())
                 training.after_step(micro_batches, result)
                 if training.asked_to_stop():

@@ -96,7 +96,7 @@ def train_step(
         mixed = None
         if train.mixing is not None:
             place = (number * world.size + world.rank) * world.micro_batch
-            mixed = mix(batch, _pairs(micro_batches[number], train.mixing, place, world, (seed, step)))
+            mixed = mix(batch, _pairs(batch, train.mixing, place, world, (seed, step)))
         logits = forward(engine, batch, None if mixed is None else mixed.clips)
         targets = batch.labels if mixed is None else soft_targets(batch.labels, mixed.others, mixed.shares, logits.shape[-1])
         losses = loss(logits, targets) * batch.weights
@@ -106,13 +106,13 @@ def train_step(
         correct = ((logits.argmax(-1) == right) * batch.weights).sum()
         sums[:3] += torch.stack([losses.detach().sum(), correct.detach(), batch.weights.sum()])
     sums[3], sums[4] = float(stop), float(save)
-    sums[5] = sum(int(((batch.samples >= 0) & (batch.weights == 0)).sum()) for batch in micro_batches)
+    sums[5] = sum(int(((batch.samples >= 0) & (batch.host_weights == 0)).sum()) for batch in batches)
     dist.all_reduce(sums)
     return StepResult(sums, float(engine.get_global_grad_norm() or 0.0))
 
 
 def _pairs(batch: Batch, mixing: Mixing, place: int, world: World, key: tuple[int, int]) -> list[Pair]:
-    """Who is mixed with whom; from the batch as it came, whose weights are on the CPU."""
+    """Who is mixed with whom."""
     rows, frames, _, height, width = batch.clips.shape
     repeats = rows // world.micro_batch
-    return list(pairs(batch.weights, mixing, shape=(frames, height, width), place=place, repeats=repeats, key=key))
+    return list(pairs(batch.host_weights, mixing, shape=(frames, height, width), place=place, repeats=repeats, key=key))

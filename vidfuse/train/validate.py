@@ -18,6 +18,7 @@ import torch.distributed as dist
 from vidfuse.data.batch import Batch, SampleError
 from vidfuse.data.flips import Classes
 from vidfuse.evaluate.metrics import Scores, average_views, scores
+from vidfuse.train.ahead import ahead
 from vidfuse.train.forward import forward
 
 
@@ -72,7 +73,7 @@ def score(
     rows = torch.zeros(len(labels), 2, device=device)  # readable, all
     errors: list[SampleError] = []
     seen = 0
-    for batch in batches:
+    for (batch,) in ahead(((batch,) for batch in batches), device):
         real = batch.samples >= 0
         samples = batch.samples[real].to(device)
         logits = forward(model, batch.to(device)).float()
@@ -81,7 +82,7 @@ def score(
             logits = torch.where(turned[:, None], logits[:, torch.from_numpy(mirrored).to(device)], logits)
             seen += len(logits)
         answers = (logits if mean == "logits" else logits.softmax(-1))[real.to(device)]
-        weights = batch.weights[real].to(device)
+        weights = batch.host_weights[real].to(device)
         sums.index_add_(0, samples, answers * weights[:, None])
         rows.index_add_(0, samples, torch.stack([weights, torch.ones_like(weights)], 1))
         errors += batch.errors

@@ -1,0 +1,84 @@
+"""Batches on their way to a GPU while the one before is used.
+
+Comes in: steps, each as its micro batches. Goes out: the same steps, on the device. A thread takes the next step from the stream, copies
+it to pinned memory and from there, on a CUDA stream of its own, to the device: one step waits there while one is used. On a CPU nothing
+is copied and there is no thread; Ray Data reads ahead as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import torch
+
+from vidfuse.data.batch import Batch
+
+Step = tuple[Batch, ...]
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+    """The steps on a device, in the same order, the next one being copied while one is used.
+
+    What the stream raises is raised here, at its place.
+    """
+    if device.type != "cuda":
+        yield from steps
+        return
+    copies = torch.cuda.Stream(device)
+
+    def copy(step: Step) -> tuple[Step, torch.cuda.Event]:
+        with torch.cuda.device(device), torch.cuda.stream(copies):
+            return tuple(batch.pinned().to(device) for batch in step), copies.record_event()
+
+    with contextlib.closing(Ahead(steps, copy)) as copied:
+        for step, done in copied:
+            used = torch.cuda.current_stream(device)
+            used.wait_event(done)
+            for batch in step:
+                batch.record_stream(used)
+            yield step
+
+
+class Ahead(Generic[T, U]):
+    """An iterator whose next item is made by a thread while one is used; `close` it where it is not read to its end."""
+
+    def __init__(self, items: Iterator[T], make: Callable[[T], U]) -> None:
+        self._room = threading.Semaphore(1)
+        self._made: queue.SimpleQueue[U | BaseException | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, args=(items, make), name="vidfuse-ahead", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[U]:
+        return self
+
+    def __next__(self) -> U:
+        made = None if self._closed else self._made.get()
+        if made is None or isinstance(made, BaseException):
+            self.close()
+            raise StopIteration if made is None else made
+        self._room.release()
+        return made
+
+    def close(self) -> None:
+        """End the thread; if it waits for the stream, when that has given what it is asked for."""
+        self._closed = True
+        self._room.release()
+        self._thread.join()
+
+    def _work(self, items: Iterator[T], make: Callable[[T], U]) -> None:
+        last: BaseException | None = None
+        try:
+            while self._room.acquire() and not self._closed:
+                self._made.put(make(next(items)))
+        except StopIteration:
+            pass
+        except BaseException as error:
+            last = error
+        self._made.put(last)
