@@ -14,11 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import queue
-import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,25 +30,21 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from tuning.spaces import Space, Values, settings
-from vidfuse.config import Config, ConfigError, SearchConfig, override
+from tuning.trial import COST, EPOCH, FAULT, METRIC, trainable
+from vidfuse import presets
+from vidfuse.config import Config, ConfigError, SearchConfig, override, read_file
 from vidfuse.on_ray import fit
 from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.storage import StorageError, join, open_storage
 
 log = logging.getLogger(__name__)
 
-METRIC = "top1"
-"""Validation top-1, the best so far of a trial."""
-COST = "trainable"
-"""Parameters that are trained."""
 SAMPLERS: Mapping[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-_ALMOST_NOTHING = {"CPU": 0, "memory": 1}
-"""What Tune reserves for the process of a trial, a byte: its workers have a placement group of their own."""
 EPOCHS = "epochs"
 """Note of a trial: how many it had."""
 CONTINUED = "continued"
@@ -111,6 +104,7 @@ def check(search: Search) -> None:
             "are possible: trials are judged by validation"
         )
     fit.check(search.base)
+    firsts(search)
     study_of(search)
 
 
@@ -196,6 +190,7 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
     """
     at_once = room(search)
     study = study_of(search)
+    begin(search, study)
     resume(study)
     left = search.options.trials - len(ended(study))
     if left <= 0:
@@ -212,12 +207,14 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
     open_storage(search.url, write=True)
     filesystem, root = open_storage(search.url)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, search=search, facts=dict(facts)), _ALMOST_NOTHING),
+        trainable(search.base, search.config, facts),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once
+            search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name="tune", storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[_Tell(on_told)],
+            failure_config=tune.FailureConfig(max_failures=search.base.cluster.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
         ),
     )  # fmt: skip
     tuner.fit()
@@ -228,12 +225,31 @@ def _scheduler(search: Search) -> TrialScheduler:
     epochs = search.base.train.epochs
     if search.options.stopping == "asha":
         return ASHAScheduler(
-            time_attr="epoch", metric=METRIC, mode="max", max_t=epochs + 1, grace_period=search.options.grace_epochs,
+            time_attr=EPOCH, metric=METRIC, mode="max", max_t=epochs + 1, grace_period=search.options.grace_epochs,
             reduction_factor=search.options.reduction,
         )  # fmt: skip
     if search.options.stopping == "median":
-        return MedianStoppingRule(time_attr="epoch", metric=METRIC, mode="max", grace_period=search.options.grace_epochs)
+        return MedianStoppingRule(time_attr=EPOCH, metric=METRIC, mode="max", grace_period=search.options.grace_epochs)
     return FIFOScheduler()
+
+
+def firsts(search: Search) -> list[Values]:
+    """Values to be tried first, each once: the base's own, and those of `SearchConfig.first`.
+
+    Raises:
+        ConfigError: there is no such preset or file.
+    """
+    names = [name.strip() for name in search.options.first.split(",") if name.strip()]
+    others = [read_file(name) if name.endswith((".yaml", ".yml")) else presets.get(name) for name in names]
+    found = [search.space.within(config) for config in (search.base, *others)]
+    return [values for place, values in enumerate(found) if values and values not in found[:place]]
+
+
+def begin(search: Search, study: optuna.Study) -> None:
+    """Have a fresh study propose the first values first."""
+    if not study.get_trials(deepcopy=False):
+        for values in firsts(search):
+            study.enqueue_trial(values)
 
 
 def resume(study: optuna.Study) -> int:
@@ -256,9 +272,12 @@ class _Searcher(OptunaSearch):
     """Ray's, which also notes how far each trial came."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if result and "epoch" in result and trial_id in self._ot_trials:
-            self._ot_trials[trial_id].set_user_attr(EPOCHS, result["epoch"])
-        super().on_trial_complete(trial_id, result, error)
+        if result and trial_id in self._ot_trials:
+            self._ot_trials[trial_id].set_user_attr(EPOCHS, result.get(EPOCH, 0))
+            if FAULT in result:
+                self._ot_trials[trial_id].set_user_attr(FAULT, result[FAULT])
+        failed = error or (result is not None and FAULT in result)
+        super().on_trial_complete(trial_id, None if failed else result, failed)
 
 
 class _Tell(tune.Callback):
@@ -269,41 +288,11 @@ class _Tell(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        at = f"top1 {result[METRIC]:.4f} after {result['epoch']} epochs" if METRIC in result else "no validation"
-        self._told(f"{trial_name(trial.config)}  {at}  {' '.join(settings(trial.config))}")
+        at = f"top1 {result[METRIC]:.4f} after {result[EPOCH]} epochs"
+        self._tell(trial, f"failed: {result[FAULT]}" if FAULT in result else at)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._told(f"{trial_name(trial.config)}  failed  {' '.join(settings(trial.config))}")
+        self._tell(trial, "failed")
 
-
-def _trial(values: Values, *, search: Search, facts: dict[str, str]) -> None:
-    """What the process of a trial runs: the training in a thread, its validations told to Tune from here."""
-    try:
-        config = search.config(values)
-        trained = sum(p.numel() for p in fit.check_model(config).parameters() if p.requires_grad)
-    except ConfigError as error:  # values that do not go together: a trial that failed, not a search
-        raise RuntimeError(str(error)) from None
-    best, heard, stop = 0.0, queue.SimpleQueue[Any](), threading.Event()
-
-    def hear(event: Mapping[str, Any]) -> None:
-        if METRIC in event:
-            heard.put(event)
-
-    def train() -> dict[str, Any]:
-        try:
-            return fit.fit(config, facts=facts, on_progress=hear, stop=stop)
-        finally:
-            heard.put(None)
-
-    with ThreadPoolExecutor(1) as pool:
-        training: Future[dict[str, Any]] = pool.submit(train)
-        told = 0
-        try:
-            while (event := heard.get()) is not None:
-                best, told = max(best, event[METRIC]), event["epoch"]
-                tune.report({METRIC: best, COST: trained, "epoch": told, "name": config.run.name})
-        finally:
-            stop.set()  # Tune ends a trial by an exit from `report`
-        result = training.result()
-        if told < result["epochs"]:  # a run that had finished before tells nothing anew
-            tune.report({METRIC: result["best_top1"], COST: trained, "epoch": result["epochs"], "name": config.run.name})
+    def _tell(self, trial: Any, how: str) -> None:
+        self._told(f"{trial_name(trial.config)}  {how}  {' '.join(settings(trial.config))}")

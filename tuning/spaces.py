@@ -89,6 +89,16 @@ class Parameter(BaseModel):
         """All choices, or both ends."""
         return self.choices if self.choices is not None else (self.low, self.high)
 
+    def holds(self, value: object) -> bool:
+        """Whether it is a value that it may take."""
+        if self.choices is not None:
+            return any(value == choice and type(value) is type(choice) for choice in self.choices)
+        assert self.low is not None and self.high is not None
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        step = self.step or (1 if self.whole else None)
+        return self.low <= value <= self.high and (step is None or abs((value - self.low) / step % 1 - 0.5) > 0.5 - 1e-9)
+
     def suggest(self, trial: Suggests, path: str) -> Value:
         """A value for a trial."""
         if self.choices is not None:
@@ -115,6 +125,15 @@ class Space:
                 values[path] = parameter.suggest(trial, path)
         return values
 
+    def within(self, config: Config) -> Values:
+        """The values of a config that the space allows; the others are not there."""
+        tree, values = config.model_dump(mode="json"), Values()
+        for path, parameter in self.parameters.items():
+            value = _at(tree, path)
+            if asked(parameter, values) and parameter.holds(value):
+                values[path] = value  # type: ignore[assignment]
+        return values
+
     def to_json(self) -> dict[str, Any]:
         """The space as data."""
         return {path: parameter.model_dump(mode="json", exclude_defaults=True) for path, parameter in self.parameters.items()}
@@ -123,6 +142,17 @@ class Space:
 def asked(parameter: Parameter, values: Mapping[str, Value]) -> bool:
     """Whether a parameter is asked for where others have these values."""
     return all(path in values and values[path] in allowed for path, allowed in parameter.when.items())
+
+
+def _at(tree: Any, path: str) -> object:
+    """The value at a path; of an option of the fusion that is not given, its default."""
+    for name in path.split("."):
+        if not isinstance(tree, Mapping):
+            return None
+        if name not in tree and path == f"model.fusion.{name}":
+            return getattr(_options(tree["name"]).get(name), "default", None)
+        tree = tree.get(name)
+    return tree
 
 
 def settings(values: Mapping[str, Value]) -> list[str]:

@@ -224,3 +224,40 @@ def test_an_ensemble_with_mirrored_views_is_published_beside_its_first_run(whole
     assert result["ensemble"] == ["whole", "whole"] and (result["flip"], result["mean"]) == (True, "logits")
     with pytest.raises(DataError, match="is not of the packed set and split"):
         judge_together([(folder, mirrored), (folder, override(mirrored, ["evaluate.split=train"]))], "best", facts={})
+
+
+def test_one_worker_in_this_process_trains_as_ray_trains_does(config):
+    """Also after another training in the same process, which is how trials of a search follow each other."""
+    alone = override(config, ["cluster.workers=1", "model.fusion.dropout=0.1", "run.name=by-ray"])
+    expected, _ = train(alone)
+    other, again = (override(alone, changes) for changes in (["run.name=other", "seed=3"], ["run.name=here"]))
+    heard: list[dict] = []
+    for each in (other, again):
+        heard.clear()
+        found = fit.fit_alone(each, facts={"git_revision": "test"}, on_progress=heard.append)
+    assert losses(again) == pytest.approx(losses(alone), rel=1e-5)  # this process computes with more threads
+    assert losses(other) != pytest.approx(losses(alone), rel=1e-3)
+    assert [event["top1"] for event in heard if "top1" in event][-1] == found["top1"] == expected["top1"]
+    assert fit.fit_alone(again, facts={}, on_progress=pytest.fail) == found  # nothing is left to do
+
+
+def test_one_worker_in_this_process_can_be_ended_and_goes_on(config):
+    class EnoughError(Exception):
+        pass
+
+    def hear(event):
+        if "top1" in event:
+            heard.append(event)
+        if event["epoch"] == 1 and event["step"] > 3:
+            raise EnoughError
+
+    heard: list[dict] = []
+    cut = override(config, ["cluster.workers=1", "run.name=cut", "train.epochs=3"])
+    with pytest.raises(EnoughError):
+        fit.fit_alone(cut, facts={}, on_progress=hear)
+    assert len(heard) == 1 and RunFolder.of(cut.run).checkpoints()["last"] is not None
+    found = fit.fit_alone(cut, facts={}, on_progress=heard.append)
+    assert found["epochs"] == 3 and found["samples"] == 3 * TRAIN
+    uncut = override(cut, ["run.name=uncut"])
+    whole = fit.fit_alone(uncut, facts={}, on_progress=heard.append)
+    assert losses(cut) == losses(uncut) and found["top1"] == whole["top1"]

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import ray
 
@@ -20,7 +22,10 @@ from tuning.search import EPOCHS, Search, ended, study_of, trial_name
 from tuning.spaces import space_of
 from vidfuse.config import Config, ConfigError, SearchConfig, override, read_file
 from vidfuse.data.layouts import read_layout
+from vidfuse.on_ray.auditing import audit_run
 from vidfuse.on_ray.packing import pack, prepare
+from vidfuse.on_ray.runs import RunFolder
+from vidfuse.on_ray.storage import join
 from vidfuse.presets import get
 
 pytestmark = pytest.mark.ray
@@ -78,6 +83,59 @@ def test_a_search_answers_with_a_page_a_config_and_settings(base):
     runs = [Path(wanted.url) / "trials" / trial["run"] for trial in tree["trials"]]
     assert len(runs) == 3 and all(json.loads((run / "result.json").read_text())["state"] == "finished" for run in runs)
     assert ended(search.run(wanted, facts={}, on_told=pytest.fail)) == trials  # nothing is left to do
+
+
+@pytest.mark.parametrize(("sampler", "stopping"), [("gp", "median"), ("cmaes", "asha"), ("random", "none")])
+def test_each_sampler_and_way_of_stopping(base, sampler, stopping):
+    wanted = planned(override(base, ["train.epochs=2"]), f"by-{sampler}", trials=4, sampler=sampler, stopping=stopping)
+    trials = ended(search.run(wanted, facts={}, on_told=print))
+    assert len(trials) == 4 and all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
+    assert len({tuple(t.params.values()) for t in trials}) == 4
+    assert all(1 <= t.user_attrs[EPOCHS] <= 2 for t in trials)
+    assert stopping != "none" or all(t.user_attrs[EPOCHS] == 2 for t in trials)
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial_and_not_a_failed_search(base):
+    """23 channels do not divide into attention heads; the space was checked with each value by itself."""
+    folder = Path(base.run.storage).parent
+    space = "model.fusion.heads: {choices: [1, 4]}\nmodel.fusion.width: {choices: [16, 23]}\n"
+    (folder / "odd.yaml").write_text(space)
+    one = override(base, ["run.name=odd", "train.epochs=1", "model.fusion.name=cross_attention", "model.fusion.heads=1"])
+    wanted = Search(one, space_of(str(folder / "odd.yaml"), one), SearchConfig(trials=4, sampler="random", stopping="none"))
+    study = study_of(wanted)
+    for width, heads in ((23, 4), (16, 4), (23, 1), (23, 4)):
+        study.enqueue_trial({"model.fusion.heads": heads, "model.fusion.width": width})
+    told: list[str] = []
+    trials = ended(search.run(wanted, facts={}, on_told=told.append))
+    failed = [t for t in trials if t.state == optuna.trial.TrialState.FAIL]
+    assert len(trials) == 4 and [t.params["model.fusion.width"] for t in failed] == [23, 23]
+    assert all("23" in t.user_attrs["fault"] for t in failed)
+    assert sum("failed: model:" in line for line in told) == 2
+
+
+def test_a_killed_trial_goes_on_and_each_sample_is_used_once(base):
+    """`kill -9` of the process that trains; another one continues from the last checkpoint."""
+    wanted = planned(override(base, ["train.epochs=12"]), "shot", trials=2, stopping="none", together=1)
+    shot: list[int] = []
+
+    def shoot() -> None:
+        deadline = time.monotonic() + 200
+        while not shot and time.monotonic() < deadline:
+            found = [p for p in psutil.process_iter(["cmdline"]) if "ray::ResourceTrainable.train" in str(p.info["cmdline"])]
+            if found and len(list(Path(wanted.url).glob("trials/*/step-*/state.json"))) >= 2:
+                found[0].kill()
+                shot.append(found[0].pid)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=shoot)
+    thread.start()
+    trials = ended(search.run(wanted, facts={}, on_told=print))
+    thread.join()
+    assert shot and len(trials) == 2
+    assert all(t.state == optuna.trial.TrialState.COMPLETE and t.user_attrs[EPOCHS] == 12 for t in trials)
+    found = [audit_run(RunFolder.at(join(wanted.url, "trials", trial_name(t.params)))) for t in trials]
+    assert all(whole.exact for whole in found), found
+    assert sum(len(whole.interruptions) for whole in found) == 1
 
 
 @pytest.mark.slow

@@ -107,3 +107,34 @@ def test_an_unknown_space_is_told():
     with pytest.raises(ConfigError, match="No such file"):
         space_of("nowhere.yaml", get("demo"))
     assert set(spaces.NAMED) == {"fusion", "optim", "regularisation", "everything"}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "inside", "outside"),
+    [
+        (Parameter(choices=(None, 1.0, "a")), [None, 1.0, "a"], [1, True, "b", 2.0]),
+        (Parameter(choices=(False, 2)), [False, 2], [0, 2.0]),
+        (Parameter(low=1, high=7), [1, 4, 7], [0, 8, 2.0, True, "3", None]),
+        (Parameter(low=1, high=7, step=3), [1, 4, 7], [2, 6]),
+        (Parameter(low=0.1, high=1.0), [0.1, 0.37, 1], [0.05, 2, True]),
+        (Parameter(low=0.0, high=1.0, step=0.1), [0.3, 0.7, 1.0], [0.35]),
+        (Parameter(low=1e-4, high=1.0, log=True), [1e-4, 0.5], [0.0]),
+    ],
+)
+def test_what_a_parameter_may_be(parameter, inside, outside):
+    assert all(parameter.holds(value) for value in inside)
+    assert not any(parameter.holds(value) for value in outside)
+
+
+def test_a_configs_values_are_those_that_the_space_allows():
+    base = override(get("demo"), ["model.fusion.name=cross_attention", "model.fusion.heads=8", "train.learning_rate=0.5"])
+    space = Space("mine", NAMED["fusion"](get("demo")))
+    values = space.within(base)
+    assert values["model.fusion.name"] == "cross_attention" and values["model.fusion.heads"] == 8
+    assert "train.learning_rate" not in values, "0.5 is above ten times the demo's"
+    assert space.within(override(base, ["model.fusion.heads=5"])).keys() == values.keys() - {"model.fusion.heads"}
+    assert space.within(get("demo"))["train.learning_rate"] == get("demo").train.learning_rate
+    plain = space.within(override(base, ['model.fusion={"name": "concat"}']))
+    assert plain == {"model.fusion.name": "concat"}, "what is not asked for is not there"
+    tree = space.within(override(base, ['model.fusion={"name": "cross_attention"}']))
+    assert tree["model.fusion.layers"] == 1, "an option that is not given has its default"

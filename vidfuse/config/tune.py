@@ -22,6 +22,9 @@ class SearchConfig(Section):
     """Epochs that each trial has before it may be ended."""
     reduction: int = Field(3, ge=2)
     """Of so many trials one goes on at each of ASHA's rungs, which are this factor of epochs apart."""
+    first: str = ""
+    """Presets or config files, separated by commas, whose values are tried first, after the base's own; those that a space does not
+    allow are left to the sampler."""
     pareto: bool = False
     """Whether fewer trained parameters count beside accuracy: the answer is a Pareto front."""
     together: int | None = Field(None, ge=1)

@@ -32,19 +32,19 @@ from vidfuse.on_ray import features
 from vidfuse.on_ray.featurizing import compute
 from vidfuse.on_ray.monitor import Monitor
 from vidfuse.on_ray.recovery import keep_statistics_here
-from vidfuse.on_ray.room import ray_settings, resources
+from vidfuse.on_ray.room import check_buffer, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.standby import stand_by
 from vidfuse.on_ray.storage import StorageError, check_storage, exists, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
-from vidfuse.on_ray.worker import RayWorker
+from vidfuse.on_ray.worker import LoneWorker, RayWorker
 from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
-from vidfuse.train.loop import run
+from vidfuse.train.loop import Result, run
 from vidfuse.train.model import continued, started
-from vidfuse.train.worker import Progress
+from vidfuse.train.worker import Progress, Worker
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3
@@ -204,8 +204,8 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     places = features_of(config, on_progress)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    used = {f"features of {stream}, {split}": url for split, some in places.items() for stream, url in some.items()}
-    settings = {"config": config.model_dump(mode="json"), "facts": {**facts, **used}, "monitor": monitor, "features": places}
+    told = {**facts, **_named(places)}
+    settings = {"config": config.model_dump(mode="json"), "facts": told, "monitor": monitor, "features": places}
     keep_statistics_here()
     trainer = Trainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
@@ -219,6 +219,33 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     if fault is not None:
         raise RunError(fault)
     return RunFolder.of(config.run).json("result.json") or {}
+
+
+def fit_alone(
+    config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Train with one worker, this process: no other is started, and what it has imported serves the next run, too.
+
+    The same training as that of `fit` with one worker; who asks sees to it that it is tried again if this process dies. What the
+    arguments are, see `fit`; an exception of `on_progress` ends the run where it is, less what came after the last checkpoint.
+
+    Raises:
+        ConfigError: the stream has no room.
+        DataError, CheckpointError, ModelError: faults that another try does not mend.
+    """
+    done = finished(config)
+    if done is not None:
+        return done
+    check_buffer(config, 1)
+    places = features_of(config, on_progress)
+    worker = LoneWorker(config.run, on_progress, stop or threading.Event())
+    _train(config, worker, {**facts, **_named(places)}, places)
+    return RunFolder.of(config.run).json("result.json") or {}
+
+
+def _named(places: features.Places) -> dict[str, str]:
+    """The caches in use, for a run's records."""
+    return {f"features of {stream}, {split}": url for split, some in places.items() for stream, url in some.items()}
 
 
 def features_of(config: Config, on_progress: Progress) -> features.Places:
@@ -250,25 +277,30 @@ def _train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     config = Config.model_validate(settings["config"])
     worker = RayWorker(config.run, settings["monitor"])
-    train = config.train
     stand_by()
+    try:
+        _train(config, worker, settings["facts"], settings["features"])
+    except DataError as error:  # the same on every rank, and no restart mends it: end the run in order
+        ray.get(settings["monitor"].fault.remote(str(error)))
+    except (CheckpointError, ModelError) as error:
+        ray.get(settings["monitor"].fault.remote(str(error)))
+        raise
+
+
+def _train(config: Config, worker: Worker, facts: Mapping[str, str], places: features.Places) -> Result:
+    """One rank's part of a run."""
+    train = config.train
     with tempfile.TemporaryDirectory(prefix="vidfuse-run-") as folder:
         records = Path(folder)
         if worker.rank == 0:
             RunFolder.of(config.run).records(records)
         feed = Feed(
             config,
-            replace(open_set(config), features=features.opened(settings["features"])),
+            replace(open_set(config), features=features.opened(places)),
             World(worker.world_size, worker.rank, train.global_batch, train.micro_batch),
             pull_through_ray(config.data, workers=worker.world_size),
         )
-        try:
-            run(config, worker, feed, folder=records, facts=settings["facts"])
-        except DataError as error:  # the same on every rank, and no restart mends it: end the run in order
-            ray.get(settings["monitor"].fault.remote(str(error)))
-        except (CheckpointError, ModelError) as error:
-            ray.get(settings["monitor"].fault.remote(str(error)))
-            raise
+        return run(config, worker, feed, folder=records, facts=facts)
 
 
 @contextlib.contextmanager

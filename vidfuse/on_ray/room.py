@@ -68,11 +68,16 @@ def resources(config: Config) -> Resources:
             f"x micro_batch {config.train.micro_batch}; it is by {', '.join(map(str, sizes)) or 'none of them'}. Change "
             "train.global_batch, train.micro_batch or cluster.workers"
         )
-    _check_buffer(config, most)
+    check_buffer(config, most)
     return Resources(least, most, gpu=bool(gpus))
 
 
-def _check_buffer(config: Config, workers: int) -> None:
+def check_buffer(config: Config, workers: int) -> None:
+    """Refuse a buffer that cannot hold what each worker's stream needs.
+
+    Raises:
+        ConfigError: what is needed.
+    """
     data, rows = config.data, config.train.micro_batch * config.data.repeats
     needed = workers * BLOCKS_AT_ONCE * rows * data.frames * data.size**2 * 3
     if needed > data.buffer_bytes:

@@ -1,12 +1,15 @@
-"""`Worker` over Ray Train.
+"""`Worker` on a Ray cluster: of Ray Train, or alone in the process that asks.
 
-Comes in: Ray Train's context of one worker. Goes out: checkpoints and records on the run's storage, validation's figures through
-`ray.train.report`, progress to a `Monitor` actor (`on_ray/monitor.py`) that the driver looks at.
+Comes in: Ray Train's context of one worker, or nothing. Goes out: checkpoints and records on the run's storage; validation's figures
+through `ray.train.report` and progress to a `Monitor` actor (`on_ray/monitor.py`) that the driver looks at, or both to the caller.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,38 +25,37 @@ from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.weights import local
 from vidfuse.train.keeper import Keeper
 from vidfuse.train.shelf import Found
+from vidfuse.train.worker import Progress, init_process_group
+
+log = logging.getLogger(__name__)
 
 
-class RayWorker:
-    """One rank of a Ray Train run. Constructed inside `train_loop_per_worker`."""
+class StoredRun:
+    """What workers of a run on a storage have in common: its checkpoints and records."""
 
-    def __init__(self, run: RunConfig, monitor: Any) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+    def __init__(self, run: RunConfig, *, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
         self.machine = ray.get_runtime_context().get_node_id()
-        self.device: torch.device = ray.train.torch.get_device()
         self._folder = RunFolder.of(run)
-        self._monitor, self._answer, self._stop = monitor, None, False
-        self._notice: Any = None
         self._keeper = Keeper(self._folder.shelf, machine=self.machine, in_place=False, publish=self._folder.put)
-        if self.rank == 0:
-            ray.get(monitor.begin.remote())
+
+    def warn(self, message: str) -> None:
+        """Tell a person."""
+        log.error("%s", message)
 
     @contextlib.contextmanager
     def latest_checkpoint(self) -> Iterator[Found]:
         """See `Worker`. Downloaded and verified once a machine."""
         with self._keeper.find() as found:
             for damage in found.damaged if self.rank == 0 else ():
-                self._monitor.warn.remote(f"{damage}; continuing from {found.name or 'the beginning'}")
+                self.warn(f"{damage}; continuing from {found.name or 'the beginning'}")
             yield found
 
     def save(
         self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None
     ) -> None:
-        """See `Worker`. Ray hears of validated ones (a search goes by them); it does not keep them."""
+        """See `Worker`."""
         self._keeper.save(name, write, metrics, keep=keep, records=records)
-        if metrics:
-            ray.train.report(dict(metrics))
 
     def settle(self) -> None:
         """See `Worker`."""
@@ -78,6 +80,64 @@ class RayWorker:
     def kept(self, folder: str) -> list[str]:
         """See `Worker`."""
         return self._folder.kept(folder)
+
+
+class LoneWorker(StoredRun):
+    """The only rank of a run, in the process that asks for it; on its GPU, if Ray gave it one.
+
+    Args:
+        run: of the run.
+        on_progress: is given every progress event; what it raises ends the run.
+        stop: set it to have the run end with a checkpoint.
+    """
+
+    def __init__(self, run: RunConfig, on_progress: Progress, stop: threading.Event) -> None:
+        init_process_group()
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+        super().__init__(run, rank=0, world_size=1, device=device)
+        self._on_progress, self._stop = on_progress, stop
+
+    def last_heard(self) -> Mapping[str, Any] | None:
+        """See `Worker`; one that was killed took it along."""
+        return None
+
+    def progress(self, event: Mapping[str, Any]) -> None:
+        """See `Worker`."""
+        self._on_progress(event)
+
+    def should_stop(self) -> bool:
+        """See `Worker`."""
+        return self._stop.is_set()
+
+    def told_to_save(self) -> bool:
+        """See `Worker`; Ray tells its Train workers alone."""
+        return False
+
+
+class RayWorker(StoredRun):
+    """One rank of a Ray Train run. Constructed inside `train_loop_per_worker`."""
+
+    def __init__(self, run: RunConfig, monitor: Any) -> None:
+        context = ray.train.get_context()
+        rank, size, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
+        super().__init__(run, rank=rank, world_size=size, device=device)
+        self._monitor, self._answer, self._stop = monitor, None, False
+        self._notice: Any = None
+        if self.rank == 0:
+            ray.get(monitor.begin.remote())
+
+    def warn(self, message: str) -> None:
+        """The driver does it."""
+        self._monitor.warn.remote(message)
+
+    def save(
+        self, name: str, write: Callable[[Path], None], metrics: Mapping[str, float], *, keep: int, records: Path | None
+    ) -> None:
+        """See `Worker`. Ray hears of validated ones; it does not keep them."""
+        super().save(name, write, metrics, keep=keep, records=records)
+        if metrics:
+            ray.train.report(dict(metrics))
 
     def last_heard(self) -> Mapping[str, Any] | None:
         """See `Worker`; the monitor outlives workers, not the driver."""

@@ -199,7 +199,7 @@ class Run:
         if self.record is not None:
             values = {"loss": scored.loss, "top1": top1, "top5": self._scores.top5.value, "unreadable": self._scores.unreadable}
             self.record.add("validation", self.state.step, epoch=self.ledger.epoch, samples=self.samples, **values)
-            self.worker.progress(self._event(top1=top1))
+            self.worker.progress(self._event(top1=top1, best_top1=self.state.best_top1))
 
     def gains_no_more(self) -> bool:
         """Whether validation has not gained for as long as early stopping waits."""
