@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vidfuse.config.augment import Augment
 from vidfuse.config.section import Section, check_range
@@ -81,6 +81,12 @@ class DataConfig(Section):
     """Micro batches that a worker fetches ahead."""
     unreadable_limit: float = Field(0.05, ge=0, le=1)
     """Share of an epoch's videos that may be unreadable before the run is stopped."""
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _off_is_no_truth_value(cls, value: object) -> object:
+        """YAML 1.1 reads a bare `off` as false."""
+        return "off" if value is False else value
 
     @model_validator(mode="before")
     @classmethod
