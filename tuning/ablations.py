@@ -2,7 +2,8 @@
 
 Comes in: a base config and the name of a table (or a YAML file of rows). Goes out: one training through the main path for each
 cell (row x seed), and below the runs `table.md`, `table.tex`, `table.png` and `table.json`, written anew after each cell. A cell
-that is finished is not trained again, one that was cut off continues from its checkpoint: the same command goes on where it ended.
+that is finished is not trained again, one that was cut off continues from its checkpoint: the same command goes on where it
+ended.
 
 Everything is below `run.storage/<run.name>-<table>/`; a cell is the run `<row>-seed<seed>` there, as any other run.
 """
@@ -221,8 +222,8 @@ def _page(ablation: Ablation, made: comparison.Table, chance: float | None, fact
     yield from comparison.markdown(made)
     yield ""
     yield (
-        f"Per cent{'' if chance is None else f'; guessing gives {100 * chance:.1f}'}. {done} of {len(ablation.cells)} trainings are done. "
-        f"{comparison.explained(made)}"
+        f"Per cent{'' if chance is None else f'; guessing gives {100 * chance:.1f}'}. {done} of {len(ablation.cells)} trainings are "
+        f"done. {comparison.explained(made)}"
     )
     yield ""
     yield f"The base trains {train.epochs} epochs with batches of {train.global_batch}; a row changes of it:"

@@ -1,12 +1,12 @@
 """The named tables of ablations: rows of changes to a base config.
 
-Comes in: the base config. Goes out: the rows of a table, each a name and what it changes, as `--set` does; or a ConfigError that says
-which base the table is for. Everything that a row does not name is the base's: data, epochs, batches, seeds. A row that changes nothing is
-the base itself; the others are compared with it (`ablations.plan`).
+Comes in: the base config. Goes out: the rows of a table, each a name and what it changes, as `--set` does; or a ConfigError that
+says which base the table is for. Everything that a row does not name is the base's: data, epochs, batches, seeds. A row that
+changes nothing is the base itself; the others are compared with it (`ablations.plan`).
 
-A row that takes another component states what it keeps of the former one: its options as far as both have them, whether it is frozen,
-adapters, LoRA, grid, when it is trained. Where a row may be larger than the base, `model.max_trainable_parameters` is lifted, since the
-parameters of each row are in the table.
+A row that takes another component keeps of the former one its options as far as both have them, whether it is frozen and
+pretrained, adapters, LoRA, grid, and when it is trained. Where a row may be larger than the base, `model.max_trainable_parameters`
+is lifted, since the table tells the parameters of each.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def table(make: Table) -> Table:
 def fusion(base: Config) -> tuple[Row, ...]:
     """How two streams are joined, and what each is worth alone.
 
-    A base whose fusion is another one is the first row. Sums, gated or not, are as wide as the base's fusion. One stream alone is
-    `concat` without the other: layer norm of the mean token, and the head.
+    A base whose fusion is another one is the first row. Sums, gated or not, are as wide as the base's fusion. One stream alone
+    is `concat` without the other: layer norm of the mean token, and the head.
 
     Raises:
         ConfigError: the base has one stream.
@@ -113,7 +113,8 @@ def semantic(base: Config) -> tuple[Row, ...]:
     stream = _stream("semantic", base, tuple(VITS))
     if base.data.size % TILES:
         raise ConfigError(
-            f"--table semantic has patches of 14 and of 16 pixels, which both tile multiples of {TILES}; data.size is {base.data.size}"
+            f"--table semantic has patches of 14 and of 16 pixels, which both tile multiples of {TILES}; "
+            f"data.size is {base.data.size}"
         )
     own = stream.options.get("variant", select.options("backbones", stream.name)["variant"].default)
     variants = {name: _nearest(sizes, str(own)[3]) for name, sizes in VITS.items()}
@@ -124,7 +125,8 @@ def semantic(base: Config) -> tuple[Row, ...]:
 def motion(base: Config) -> tuple[Row, ...]:
     """What looks at motion: I3D-R50, R3D-18, R(2+1)D-18, C3D.
 
-    Frames and pixels stay the base's, though C3D's and torchvision's weights were trained at 112; `segments` is kept where there are any.
+    Frames and pixels stay the base's, though the weights of all but I3D were trained at 112 pixels. A row that a clip is too short
+    for is refused when it is planned.
 
     Raises:
         ConfigError: the base has none of them, or its weights are a file of one.
@@ -148,8 +150,8 @@ def direction(base: Config) -> tuple[Row, ...]:
 def graph(base: Config) -> tuple[Row, ...]:
     """What GASM-CAST's graphs are worth: as they are, complete, none.
 
-    `complete` has the same parameters and no structure: all patches of a frame are joined, and all segments of a place. `none` leaves the
-    exchanges of the same options, which is B-CAST after the backbones.
+    `complete` has the same parameters and no structure: all patches of a frame are joined, and all segments of a place. `none`
+    leaves the exchanges of the same options, which is B-CAST after the backbones.
 
     Raises:
         ConfigError: the base's fusion is another.
@@ -217,7 +219,8 @@ def _check_option(table: str, base: Config, option: str) -> None:
     able = [name for name in select.names("fusion") if option in select.options("fusion", name)]
     if base.model.fusion.name not in able:
         raise ConfigError(
-            f"--table {table} is for a base whose model.fusion has the option {option}: {', '.join(able)}; it is {base.model.fusion.name}"
+            f"--table {table} is for a base whose model.fusion has the option {option}: {', '.join(able)}; "
+            f"it is {base.model.fusion.name}"
         )
 
 

@@ -1,14 +1,14 @@
 """Several trainings of each of several variants, side by side: a table as Markdown or LaTeX, and a picture with error bars.
 
-Comes in: a figure of each training, by variant, and what the variants cost. Goes out: text and a matplotlib `Figure` (`drawing.png`
-renders it). The spread is the sample standard deviation (n - 1) over trainings that differ by their seed alone, not an interval of
-the mean: with few seeds it is itself uncertain, so every single figure is shown beside it.
+Comes in: a figure of each training, by variant, and what the variants cost. Goes out: text and a matplotlib `Figure`
+(`drawing.png` renders it). The spread is the sample standard deviation (n - 1) over trainings that differ by their seed alone, not
+an interval of the mean: with few seeds it is itself uncertain, so every single figure is shown beside it.
 
-Variants are compared with one of them, seed by seed, since a seed has the same order of clips and the same crops in each: a two-sided
-paired t test, with Holm's correction for as many tests as there are (Holm 1979, A simple sequentially rejective multiple test procedure,
-Scandinavian Journal of Statistics 6, 65-70). With few seeds such a test finds large differences alone, and takes them to be normally
-distributed, which nothing so few can show; a large p is no sign of equality. Other videos to validate on are not in it, either: seeds
-differ, the videos stay.
+Variants are compared with one of them, seed by seed, since a seed has the same order of clips and the same crops in each: a
+two-sided paired t test, with Holm's correction for as many tests as there are (Holm 1979, A simple sequentially rejective multiple
+test procedure, Scandinavian Journal of Statistics 6, 65-70). With few seeds such a test finds large differences alone; it takes
+them to be normally distributed, which so few cannot show; and a large p is no sign of equality. Seeds differ, the videos that are
+validated on stay: what other videos would give is not in it.
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ def explained(table: Table) -> str:
         return said + f"A test of it takes {LEAST_PAIRS} seeds that differ."
     least = float(stats.t.ppf(0.975, seeds - 1)) / sqrt(seeds)
     return said + (
-        f"p: two-sided paired t test over seeds, with Holm's correction for {tests} test{'s' if tests > 1 else ''}. With {seeds} seeds "
-        f"a difference must be {least:.1f} times its own standard deviation to have p < 0.05 even before the correction: a large p is no "
-        "sign of equality."
+        f"p: two-sided paired t test over seeds, with Holm's correction for {tests} test{'s' if tests > 1 else ''}. With {seeds} "
+        f"seeds a difference must be {least:.1f} times its own standard deviation to have p < 0.05 even before the correction: a large "
+        "p is no sign of equality."
     )
 
 
