@@ -99,6 +99,14 @@ def test_what_so_few_seeds_can_tell_is_said():
     assert "takes 3 seeds" in explained(Table([variant("a", 0.5, 0.6), variant("b", 0.1, 0.5)], figure="top-1", seeds=(0, 1)))
 
 
+def test_the_pictures_label_is_in_it():
+    made = picture([THREE], figure="best validation top-1", chance=0.0714)
+    made.draw_without_rendering()
+    label = made.axes[0].xaxis.label.get_window_extent()
+    assert "guessing (7.1%)" in made.axes[0].get_xlabel()
+    assert 0 <= label.x0 < label.x1 <= made.bbox.x1 and label.y0 >= 0
+
+
 def test_the_picture_spans_mean_plus_and_minus_one_deviation():
     axes = picture([THREE, variant("none yet", None, None, None)], figure="top-1", chance=0.1).axes[0]
     bars = axes.collections[0].get_segments()

@@ -170,7 +170,7 @@ def picture(variants: Sequence[Variant], *, figure: str, chance: float | None = 
         chance: accuracy of guessing, drawn as a dotted line.
     """
     with mpl.rc_context(STYLE):
-        made = canvas(0.42 * len(variants) + 1.0, width=WIDTH_INCHES * 0.75)
+        made = canvas(0.42 * len(variants) + 1.2, width=WIDTH_INCHES * 0.75)
         axes = made.subplots()
         for place, variant in enumerate(variants):
             axes.plot(variant.known, [place] * len(variant.known), ls="", marker="o", ms=6, mfc="none", mec=MUTED)
@@ -180,11 +180,12 @@ def picture(variants: Sequence[Variant], *, figure: str, chance: float | None = 
                 )
         axes.set_yticks(range(len(variants)), [v.name for v in variants], parse_math=False)
         axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.set_xlabel(f"{figure}: mean and standard deviation over seeds; rings are single trainings", parse_math=False)
+        label = f"{figure}: mean and standard deviation over seeds\nrings: single trainings"
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         if chance is not None:
             axes.axvline(chance, color=MUTED, lw=1, ls=(0, (1, 2)))
-            axes.set_xlabel(f"{axes.get_xlabel()}; dotted: guessing ({chance:.1%})", parse_math=False)
+            label += f"; dotted: guessing ({chance:.1%})"
+        axes.set_xlabel(label, parse_math=False)
     return made
 
 
