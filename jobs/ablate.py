@@ -10,21 +10,21 @@ from collections.abc import Sequence
 
 from jobs import cli
 from tuning import ablations
+from tuning.tables import TABLES
 from vidfuse.train.errors import RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(__doc__, config=True)
-    parser.add_argument(
-        "--table", required=True, help=f"{', '.join(ablations.TABLES)}, or a YAML file {{row: [a.b=value, ...]}}"
-    )
+    parser.add_argument("--table", required=True, help=f"{', '.join(TABLES)}, or a YAML file {{row: [a.b=value, ...]}}")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each row (default 3), from the config's seed on")
     options = parser.parse_args(argv)
     ablation = ablations.plan(cli.config_of(options), options.table, options.seeds)
     if ablation.base.data.url is not None or not options.dry_run:
         ablations.check(ablation)
     for row in ablation.rows:
-        cli.say(f"{row.name:<20}{ablation.trainable[row.name]:>14,} trained parameters  {' '.join(row.settings)}")
+        trained, total = ablation.parameters[row.name]
+        cli.say(f"{row.name:<20}{trained:>14,} of {total:>14,} parameters trained  {' '.join(row.settings) or 'the base'}")
     cli.say(f"{len(ablation.cells)} trainings in {ablation.url}")
     return 0 if options.dry_run else train(ablation)
 
@@ -44,7 +44,7 @@ def train(ablation: ablations.Ablation) -> int:
             f"failed: {outcome}" if isinstance(outcome, RunError) else f"{outcome['state']}, best top-1 {outcome['best_top1']}"
         )
         cli.say(f"{cell.config.run.name}: {told}")
-    cli.say(f"table: {ablation.url}/table.md")
+    cli.say(f"table: {ablation.url}/table.md, table.tex, table.png, table.json")
     return 1 if faults else 0
 
 

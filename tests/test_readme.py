@@ -7,8 +7,9 @@ import shlex
 
 import pytest
 
-from jobs import cli, models, pack
+from jobs import ablate, cli, models, pack
 from tests.support import REPO
+from tuning.tables import TABLES
 from vidfuse.data.shards import DataError
 from vidfuse.models import select
 from vidfuse.presets import PRESETS
@@ -37,6 +38,8 @@ def test_the_commands_parse():
         if name == "train":
             config = cli.config_of(cli.parser("", config=True).parse_args(shlex.split(arguments)))
             assert config.data.url == "s3://bucket/ssv2"
+        if name == "ablate":
+            assert ablate.main([*shlex.split(arguments.partition(" --set ")[0]), "--dry-run"]) == 0
         if name == "pack":
             with pytest.raises(DataError, match="there is no such folder"):
                 pack.main(shlex.split(arguments))
@@ -52,6 +55,11 @@ def test_make_targets_and_presets_that_are_named_exist():
 
 def test_the_table_of_presets_is_what_the_command_prints():
     assert "\n".join(models.table()) in README, "run `python -m jobs.models` and put what it prints into the README"
+
+
+def test_the_tables_of_ablations_are_all_named():
+    named = re.findall(r"^\| `(\w+)` \|", README.split("| `--table` |")[1].split("\n\n")[0], flags=re.MULTILINE)
+    assert named == list(TABLES)
 
 
 def test_components_that_are_named_exist():

@@ -1,8 +1,9 @@
 """Ablations: rows of changes to one config, each trained with several seeds, side by side in a table.
 
 Comes in: a base config and the name of a table (or a YAML file of rows). Goes out: one training through the main path for each
-cell (row x seed), and below the runs `table.md`, `table.png` and `table.json`, written anew after each cell. A cell that is
-finished is not trained again, one that was cut off continues from its checkpoint: the same command goes on where it ended.
+cell (row x seed), and below the runs `table.md`, `table.tex`, `table.png` and `table.json`, written anew after each cell. A cell
+that is finished is not trained again, one that was cut off continues from its checkpoint: the same command goes on where it
+ended.
 
 Everything is below `run.storage/<run.name>-<table>/`; a cell is the run `<row>-seed<seed>` there, as any other run.
 """
@@ -12,17 +13,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import re
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tuning.tables import TABLES, Row
 from vidfuse.config import Config, ConfigError, differences, from_mapping, override
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate import comparison, drawing
@@ -40,24 +42,19 @@ OWN = ("seed", "run.name", "run.storage")
 
 
 @dataclass(frozen=True)
-class Row:
-    """A variant: its name and what it changes of the base, as `--set` does."""
-
-    name: str
-    settings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ConfigError(f"a row's name becomes a run's: letters, digits, '.', '_' and '-', given {self.name!r}")
-
-
-@dataclass(frozen=True)
 class Cell:
     """A row with a seed: one training."""
 
     row: Row
     seed: int
     config: Config
+
+
+class Parameters(NamedTuple):
+    """Sizes of a row's model."""
+
+    trained: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -69,46 +66,15 @@ class Ablation:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
-    trainable: Mapping[str, int]
-    """Parameters that are trained, by row."""
+    parameters: Mapping[str, Parameters]
+    """Of each row's model."""
+    reference: int
+    """Place of the row that the others are compared with: the base itself, or the first row if none is."""
 
     @property
     def url(self) -> str:
         """Folder of the table, with its cells' runs below."""
         return _url(self.base, self.name)
-
-
-Table = Callable[[Config], tuple[Row, ...]]
-TABLES: dict[str, Table] = {}
-
-
-def table(make: Table) -> Table:
-    """Register a table under its function's name; the function takes the base config."""
-    TABLES[make.__name__] = make
-    return make
-
-
-@table
-def fusion(base: Config) -> tuple[Row, ...]:
-    """How two streams are joined, and what each is worth alone.
-
-    Every row has the base's data, epochs and batches. A sum is as wide as the base's fusion. One stream alone is `concat`
-    without the other: layer norm of the mean token, and the head.
-
-    Raises:
-        ConfigError: the base has one stream.
-    """
-    lacking = [name for name in ("semantic", "motion") if getattr(base.model, name) is None]
-    if lacking:
-        raise ConfigError(f"--table fusion compares joining two streams, but model.{lacking[0]} is null: take a base with both")
-    width = base.model.fusion.options.get("width", 512)
-    return (
-        Row("cross_attention", ("model.fusion.name=cross_attention",)),
-        Row("concat", ("model.fusion.name=concat",)),
-        Row("sum", ("model.fusion.name=elementwise", "model.fusion.operation=sum", f"model.fusion.width={width}")),
-        Row("semantic_only", ("model.fusion.name=concat", "model.motion=null")),
-        Row("motion_only", ("model.fusion.name=concat", "model.semantic=null")),
-    )
 
 
 def rows_of(name: str, base: Config) -> tuple[str, tuple[Row, ...]]:
@@ -150,8 +116,9 @@ def plan(base: Config, table: str, seeds: int) -> Ablation:
     _check_distinct(rows, configs)
     numbers = tuple(range(base.seed, base.seed + seeds))
     cells = tuple(Cell(row, seed, _cell(configs[row.name], row, seed, _url(base, name))) for seed in numbers for row in rows)
-    trainable = {row.name: _trainable(row, configs[row.name]) for row in rows}
-    return Ablation(name, base, rows, numbers, cells, trainable)
+    parameters = {row.name: _parameters(row, configs[row.name]) for row in rows}
+    same = [i for i, row in enumerate(rows) if _identity(configs[row.name]) == _identity(base)]
+    return Ablation(name, base, rows, numbers, cells, parameters, reference=same[0] if same else 0)
 
 
 def check(ablation: Ablation) -> None:
@@ -217,41 +184,49 @@ def results(ablation: Ablation) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def variants(ablation: Ablation, found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[comparison.Variant]:
-    """The rows with their cells' figures."""
-    return [
-        comparison.Variant(
+    """The rows with their cells' figures, and what they cost."""
+
+    def variant(row: Row) -> comparison.Variant:
+        results = [found.get((row.name, seed)) for seed in ablation.seeds]
+        known = [result for result in results if result is not None]
+        return comparison.Variant(
             row.name,
-            ablation.trainable[row.name],
-            tuple(found[row.name, seed]["best_top1"] if (row.name, seed) in found else None for seed in ablation.seeds),
+            tuple(None if result is None else result["best_top1"] for result in results),
+            trained=ablation.parameters[row.name].trained,
+            parameters=ablation.parameters[row.name].total,
+            seconds=_mean([result["steps"] * result["step_seconds"] for result in known]),
+            clips_per_second=_mean([result["clips_per_second"] for result in known]),
         )
-        for row in ablation.rows
-    ]
+
+    return [variant(row) for row in ablation.rows]
 
 
 def publish(ablation: Ablation, facts: Mapping[str, str]) -> None:
-    """Write the table, the picture and both as JSON, of what is finished so far."""
+    """Write the table as Markdown, LaTeX, JSON and a picture, of what is finished so far."""
     found = results(ablation)
     entries = variants(ablation, found)
     chance = next((result["chance"] for result in found.values() if "chance" in result), None)
+    made = comparison.Table(entries, figure=FIGURE, seeds=ablation.seeds, reference=ablation.reference)
     filesystem, root = open_storage(ablation.url, write=True)
     drawn = drawing.png(comparison.picture(entries, figure=FIGURE, chance=chance))
     write_bytes(filesystem, join(root, "table.png"), drawn)
-    write_bytes(filesystem, join(root, "table.md"), "\n".join(_page(ablation, entries, chance, facts)).encode())
-    write_bytes(filesystem, join(root, "table.json"), json.dumps(_tree(ablation, found, facts), indent=1).encode())
+    write_bytes(filesystem, join(root, "table.md"), "\n".join(_page(ablation, made, chance, facts)).encode())
+    write_bytes(filesystem, join(root, "table.tex"), "\n".join(comparison.latex(made)).encode())
+    write_bytes(filesystem, join(root, "table.json"), json.dumps(_tree(ablation, made, found, facts), indent=1).encode())
 
 
-def _page(
-    ablation: Ablation, entries: Sequence[comparison.Variant], chance: float | None, facts: Mapping[str, str]
-) -> Iterator[str]:
-    train, done = ablation.base.train, sum(len(entry.known) for entry in entries)
+def _page(ablation: Ablation, made: comparison.Table, chance: float | None, facts: Mapping[str, str]) -> Iterator[str]:
+    train, done = ablation.base.train, sum(len(entry.known) for entry in made.variants)
     yield f"# {ablation.base.run.name}: {ablation.name}"
     yield ""
-    yield from comparison.markdown(entries, figure=FIGURE, seeds=ablation.seeds)
+    yield from comparison.markdown(made)
     yield ""
     yield (
-        f"Per cent{'' if chance is None else f'; guessing gives {100 * chance:.1f}'}. {done} of {len(ablation.cells)} trainings are done. "
-        f"The base trains {train.epochs} epochs with batches of {train.global_batch}; a row changes of it:"
+        f"Per cent{'' if chance is None else f'; guessing gives {100 * chance:.1f}'}. {done} of {len(ablation.cells)} trainings are "
+        f"done. {comparison.explained(made)}"
     )
+    yield ""
+    yield f"The base trains {train.epochs} epochs with batches of {train.global_batch}; a row changes of it:"
     yield ""
     yield from (f"- {row.name}: {' '.join(f'`{setting}`' for setting in row.settings) or 'nothing'}" for row in ablation.rows)
     yield ""
@@ -259,23 +234,38 @@ def _page(
     yield ""
 
 
-def _tree(ablation: Ablation, found: Mapping[tuple[str, int], Mapping[str, Any]], facts: Mapping[str, str]) -> dict[str, Any]:
+def _tree(
+    ablation: Ablation,
+    made: comparison.Table,
+    found: Mapping[tuple[str, int], Mapping[str, Any]],
+    facts: Mapping[str, str],
+) -> dict[str, Any]:
     rows = [
         {
             "name": row.name,
             "settings": row.settings,
-            "trainable": ablation.trainable[row.name],
+            "parameters": ablation.parameters[row.name]._asdict(),
+            "mean": variant.mean,
+            "spread": variant.spread,
+            "seconds": variant.seconds,
+            "clips_per_second": variant.clips_per_second,
+            "difference": difference and asdict(difference),
             "results": {str(seed): found.get((row.name, seed)) for seed in ablation.seeds},
         }
-        for row in ablation.rows
+        for row, variant, difference in zip(ablation.rows, made.variants, made.differences, strict=True)
     ]
     return {
         "table": ablation.name,
         "figure": FIGURE,
+        "reference": ablation.rows[ablation.reference].name,
         "base": ablation.base.model_dump(mode="json"),
         "facts": {**facts},
         "rows": rows,
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _url(base: Config, table: str) -> str:
@@ -326,19 +316,25 @@ def _named(cell: Cell) -> Iterator[None]:
         raise type(error)(f"row {cell.row.name}, seed {cell.seed}: {error}") from None
 
 
+def _identity(config: Config) -> tuple[str, str | None]:
+    """What two configs share that are one and the same training."""
+    return config.digest(), config.data.url
+
+
 def _check_distinct(rows: Sequence[Row], configs: Mapping[str, Config]) -> None:
     seen: dict[tuple[str, str | None], str] = {}
     for row in rows:
         config = configs[row.name]
-        key = (config.digest(), config.data.url)
+        key = _identity(config)
         if key in seen:
             raise ConfigError(f"rows {seen[key]} and {row.name} are one and the same training; drop one of them")
         seen[key] = row.name
 
 
-def _trainable(row: Row, config: Config) -> int:
+def _parameters(row: Row, config: Config) -> Parameters:
     try:
         model = fit.check_model(config)
     except ConfigError as error:
         raise ConfigError(f"row {row.name}: {error}") from None
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return Parameters(sum(n for n, trained in numbers if trained), sum(n for n, _ in numbers))

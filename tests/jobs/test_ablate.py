@@ -10,13 +10,14 @@ import pytest
 from jobs import ablate, cli
 from tests import support
 from tuning import ablations
+from tuning.tables import TABLES
 from vidfuse.config import ConfigError, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.on_ray import fit
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import StorageError, write_bytes
-from vidfuse.presets import get
+from vidfuse.presets import PRESETS, get
 from vidfuse.train.errors import CheckpointError, RunError
 
 TINY = [
@@ -37,26 +38,61 @@ def rows_file(folder, text: str) -> str:
     return str(folder / "rows.yaml")
 
 
-@pytest.mark.parametrize("preset", ["demo", "ssv2_cross_attention", "ssv2_gasm_cast"])
-@pytest.mark.parametrize("table", sorted(ablations.TABLES))
+CROSS = ("ssv2_cross_attention", "ssv2_cross_attention_r3d", "ssv2_cross_attention_dinov2")
+JOINED = ("demo", "demo_single_frame", *CROSS, "ssv2_gasm_cast", "ssv2_cast", "ssv2_vjepa2_dinov3", "ssv2_vjepa2g_dinov3")
+SUITED = {
+    "fusion": JOINED,
+    "heads": JOINED,
+    "semantic": (*CROSS, "ssv2_gasm_cast", "ssv2_cast"),
+    "motion": (*CROSS, "ssv2_gasm_cast", "ucf101_i3d"),
+    "direction": JOINED,
+    "graph": ("ssv2_gasm_cast",),
+    "bottleneck": ("ssv2_gasm_cast", "ssv2_cast"),
+    "temporal": ("ucf101_cnn_rnn",),
+}
+"""Presets that each table is for."""
+REFUSED = {
+    "fusion": r"model\.semantic is null",
+    "heads": r"has the option heads: attentive, .* it is (mean|temporal_rnn)",
+    "semantic": r"is one of dinov2, dinov3, clip, vit; it is (null|tiny_image)|multiples of 112; data\.size is 256",
+    "motion": r"is one of i3d, r3d, r2plus1d, c3d; it is \w+",
+    "direction": r"has the option direction: bcast, .* it is (mean|temporal_rnn)",
+    "graph": r"is gasm_cast; it is \w+",
+    "bottleneck": r"has the option bottleneck: bcast, gasm_cast; it is \w+",
+    "temporal": r"is temporal_rnn; it is \w+",
+}
+"""What the others are told."""
+ROWS = {"fusion": 6, "heads": 3, "semantic": 4, "motion": 4, "direction": 3, "graph": 3, "bottleneck": 4, "temporal": 4}
+
+
+@pytest.mark.parametrize(("table", "preset"), [(table, preset) for table in TABLES for preset in SUITED[table]])
 def test_every_table_is_planned(table, preset, capsys):
     assert dry_run(table, preset=preset) == 0
-    assert "10 trainings" in capsys.readouterr().out
+    own = table == "fusion" and preset in ("ssv2_gasm_cast", "ssv2_cast")  # their fusion is a row, too
+    assert f"\n{2 * (ROWS[table] + own)} trainings in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_base_that_does_not_suit_is_refused(table):
+    for preset in sorted(PRESETS.keys() - set(SUITED[table])):
+        with pytest.raises(ConfigError, match=rf"^--table {table} .*({REFUSED[table]})"):
+            dry_run(table, preset=preset)
 
 
 def test_rows_change_what_they_say_and_nothing_else():
     base = override(get("demo"), ["seed=5"])
     ablation = ablations.plan(base, "fusion", 3)
-    assert ablation.seeds == (5, 6, 7) and len(ablation.cells) == 15
+    assert ablation.seeds == (5, 6, 7) and len(ablation.cells) == 18
     models = {cell.row.name: cell.config.model for cell in ablation.cells}
     assert models["cross_attention"] == base.model
     assert models["concat"].fusion.name == "concat" and models["concat"].motion == base.model.motion
     assert models["sum"].fusion.options == {"operation": "sum", "width": 64}  # the base's width
+    assert models["gated"].fusion.options == {"width": 64}
     assert (models["semantic_only"].motion, models["motion_only"].semantic) == (None, None)
     for cell in ablation.cells:
         assert (cell.config.data, cell.config.train, cell.config.seed) == (base.data, base.train, cell.seed)
         assert cell.config.run.storage == "runs/demo-fusion" and cell.config.run.name == f"{cell.row.name}-seed{cell.seed}"
-    assert len({cell.config.run.name for cell in ablation.cells}) == 15
+    assert len({cell.config.run.name for cell in ablation.cells}) == 18
 
 
 @pytest.mark.parametrize(
@@ -121,7 +157,9 @@ def test_a_cell_is_trained_through_the_main_path(command, tmp_path, capsys):
     assert result["state"] == "finished" and result["steps"] == 2  # 9 videos in batches of 8
     assert f"motion-seed0: finished, best top-1 {result['best_top1']}" in said
     assert (place / "table.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{100 * result['best_top1']:.1f} | - | {100 * result['best_top1']:.1f} |" in (place / "table.md").read_text()
+    top1 = f"{100 * result['best_top1']:.1f}"
+    assert f"| {result['clips_per_second']:.1f} | {top1} | {top1} | - | - |" in (place / "table.md").read_text()
+    assert f"{top1} & {top1} & - & - " in (place / "table.tex").read_text()
     with pytest.raises(CheckpointError, match=r"train\.epochs: 1 -> 2"):  # another budget is another table
         command("train.epochs=2", table=rows)
 
@@ -140,6 +178,7 @@ def trained(monkeypatch) -> list[str]:
             raise RunError("the machine is gone")
         top1 = 0.5 if config.model.semantic is None else 0.25 + 0.5 * config.seed
         result = {"state": "finished", "epochs": config.train.epochs, "best_top1": top1, "chance": 0.4}
+        result |= {"steps": 10, "step_seconds": 1.0 + config.seed, "clips_per_second": 8.0}
         folder = RunFolder.of(config.run)
         folder.filesystem.create_dir(folder.root)
         write_bytes(folder.filesystem, f"{folder.root}/result.json", json.dumps(result).encode())
@@ -161,9 +200,12 @@ def test_only_missing_cells_are_trained_and_the_table_has_all(command, trained, 
     page, tree = (place / "table.md").read_text(), json.loads((place / "table.json").read_text())
     assert "4 of 4 trainings" in page and "guessing gives 40.0" in page
     rows = {row["name"]: row for row in tree["rows"]}
-    parameters = [f"{rows[name]['trainable']:,}" for name in ("concat", "motion")]
-    assert f"| concat | {parameters[0]} | 50.0 | 35.4 | 25.0 | 75.0 |" in page  # 0.25 and 0.75: 0.5 / sqrt(2)
-    assert f"| motion | {parameters[1]} | 50.0 | 0.0 | 50.0 | 50.0 |" in page
+    sizes = {name: " | ".join(f"{number:,}" for number in row["parameters"].values()) for name, row in rows.items()}
+    # Seeds 0 and 1 take 10 and 20 s; 0.25 and 0.75 deviate by 0.5 / sqrt(2); two seeds are too few for a test.
+    assert f"| concat | {sizes['concat']} | 15 | 8.0 | 50.0 ± 35.4 | 25.0, 75.0 | - | - |" in page
+    assert f"| motion | {sizes['motion']} | 15 | 8.0 | 50.0 ± 0.0 | 50.0, 50.0 | +0.0 | - |" in page
+    assert r"50.0 $\pm$ 35.4 & 25.0, 75.0 & - & - \\" in (place / "table.tex").read_text()
+    assert tree["reference"] == "concat" and rows["motion"]["difference"]["seeds"] == 2
     assert [rows["concat"]["results"][seed]["best_top1"] for seed in ("0", "1")] == [0.25, 0.75]
 
 
