@@ -66,6 +66,37 @@ def add_set(made: argparse.ArgumentParser) -> None:
     )
 
 
+def add_restarts(made: argparse.ArgumentParser) -> None:
+    """Add --restarts."""
+    about = "how often this process is started again if it is killed (out of memory, say); the run continues. Default: 0"
+    made.add_argument("--restarts", type=int, default=0, metavar="N", help=about)
+
+
+def restarted(times: int) -> int:
+    """Run this very command in a process of its own, without --restarts, and again as often as it is killed, `times` at most.
+
+    Returns:
+        Its exit code. SIGTERM is handed on to it; after one it is not started again.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_restarts(own)
+    words = own.parse_known_args()[1]
+    stopped = threading.Event()
+    for left in range(times, -1, -1):
+        process = subprocess.Popen([sys.executable, "-m", _module(), *words])
+
+        def stop(number: int, _: object, process: subprocess.Popen[bytes] = process) -> None:
+            stopped.set()
+            process.send_signal(number)
+
+        signal.signal(signal.SIGTERM, stop)
+        code = process.wait()
+        if code >= 0 or stopped.is_set() or not left:
+            return code if code >= 0 else 128 - code
+        say(f"the driver was killed ({signal.Signals(-code).name}) and is started again, {left - 1} more times at most")
+    raise AssertionError("unreachable")
+
+
 def add_fields(made: argparse.ArgumentParser, *sections: type[Section]) -> None:
     """Add an option for each field of some sections, with its docstring as help."""
     for section in sections:

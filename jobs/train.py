@@ -9,15 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs import cli, plan
+from vidfuse.config import Config
 from vidfuse.on_ray import fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = cli.parser(__doc__, config=True).parse_args(argv)
+    parser = cli.parser(__doc__, config=True)
+    cli.add_restarts(parser)
+    options = parser.parse_args(argv)
     config = cli.config_of(options)
     if options.dry_run:
         plan.show(config)
         return 0
+    return cli.restarted(options.restarts) if options.restarts else train(config)
+
+
+def train(config: Config) -> int:
+    """Train, or say what a finished run has; the exit code."""
     manifest = fit.check(config).manifest
     cli.say(f"{config.run.name} on {manifest.dataset}, version {manifest.version}")
     cli.start_ray()

@@ -190,9 +190,8 @@ def _start_ray(folder: Path, options: argparse.Namespace, environment: dict[str,
     for number in range(1, options.nodes + 1):
         node = [*ray, f"--address={HOST}:{options.port}", f"--num-cpus={options.cpus}", _agent_port()]
         _start(folder, f"node-{number}", node, inside, f"{options.cpus:g} CPUs")
-        _wait(
-            folder, f"node-{number}", lambda up=number + 1: _nodes(environment) == up
-        )  # two at once would share their sockets
+        # Two that start at once would share their sockets.
+        _wait(folder, f"node-{number}", partial(_has_nodes, environment, number + 1))
 
 
 def _has_nodes(environment: dict[str, str], count: int) -> bool:

@@ -35,6 +35,7 @@ from vidfuse.on_ray.recovery import keep_statistics_here
 from vidfuse.on_ray.room import check_buffer, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.standby import stand_by
+from vidfuse.on_ray.standing import Heartbeat
 from vidfuse.on_ray.storage import StorageError, check_storage, exists, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
@@ -210,7 +211,7 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     trainer = Trainer(
         _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
     )
-    with _following(monitor, on_progress, stop):
+    with _beating(config, on_progress) as hear, _following(monitor, hear, stop):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -238,8 +239,8 @@ def fit_alone(
         return done
     check_buffer(config, 1)
     places = features_of(config, on_progress)
-    worker = LoneWorker(config.run, on_progress, stop or threading.Event())
-    _train(config, worker, {**facts, **_named(places)}, places)
+    with _beating(config, on_progress) as hear:
+        _train(config, LoneWorker(config.run, hear, stop or threading.Event()), {**facts, **_named(places)}, places)
     return RunFolder.of(config.run).json("result.json") or {}
 
 
@@ -301,6 +302,21 @@ def _train(config: Config, worker: Worker, facts: Mapping[str, str], places: fea
             pull_through_ray(config.data, workers=worker.world_size),
         )
         return run(config, worker, feed, folder=records, facts=facts)
+
+
+@contextlib.contextmanager
+def _beating(config: Config, on_progress: Progress) -> Iterator[Progress]:
+    """What hears of progress, and keeps the run's heartbeat by it."""
+    heartbeat = Heartbeat(config.run)
+
+    def hear(event: Mapping[str, Any]) -> None:
+        heartbeat(event)
+        on_progress(event)
+
+    try:
+        yield hear
+    finally:
+        heartbeat.close()
 
 
 @contextlib.contextmanager
