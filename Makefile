@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Those that need Ray or the S3 server run by themselves: Ray's memory monitor and its clocks take a busy machine for a broken one.
 QUICK := not bench and not gpu and not slow and not soak
 
-.PHONY: setup demo test test-slow soak check bench clean
+.PHONY: setup demo test test-slow soak check bench cluster-up cluster-status cluster-down clean
 
 setup: $(READY)
 
@@ -37,6 +37,13 @@ check: $(READY)
 
 bench: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m bench -s tests/bench
+
+# UP: options of `python cluster/local/cluster.py up`, such as UP="--nodes 4 --cpus 2".
+cluster-up: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cluster/local/cluster.py up $(UP)
+
+cluster-status cluster-down: cluster-%: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cluster/local/cluster.py $*
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
