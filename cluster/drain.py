@@ -55,16 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     found = sorted({raylet for raylet in raylets() if options.cluster in (None, raylet.cluster)})
     if not found:
-        print("drain: no raylet runs on this machine; nothing to do", file=sys.stderr)
+        print("drain: no worker's raylet runs on this machine; nothing to do", file=sys.stderr)
         return 1
     return max(drain(raylet, seconds) for raylet in found)
 
 
 def raylets() -> Iterator[Raylet]:
-    """The raylets that this user can see; one on a machine or in a container, unless somebody tests."""
+    """The raylets that this user can see; one on a machine or in a container, unless somebody tests.
+
+    A head's is left out: idle, it would end as soon as it is drained (seen with Ray 2.60.0), and its cluster with it.
+    """
     for process in psutil.process_iter(["name", "cmdline"]):
         line = process.info["cmdline"] or []
-        if process.info["name"] != "raylet":
+        if process.info["name"] != "raylet" or "--head" in line:
             continue
         values = dict(word.lstrip("-").split("=", 1) for word in line if word.startswith("--") and "=" in word)
         address = values.get("gcs-address") or values.get("gcs_address")

@@ -116,7 +116,7 @@ def test_a_refusal_is_told(asked, capsys):
 def test_without_a_raylet_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(drain, "raylets", lambda: iter([drain.Raylet("ab", "another:6379")]))
     assert drain.main(["now", "--seconds", "90", "--cluster", "10.0.0.1:6379"]) == 1
-    assert "no raylet" in capsys.readouterr().err
+    assert "no worker's raylet" in capsys.readouterr().err
 
 
 def test_a_notice_of_ec2_is_handed_on(asked, metadata):
@@ -146,9 +146,11 @@ def test_elsewhere_watch_ends(monkeypatch, capsys):
 
 
 def test_raylets_are_told_by_their_command_lines(monkeypatch):
-    line = ["/x/raylet", "--raylet_socket_name=/tmp/ray/s", f"--node_id={'cd' * 28}", "--gcs-address=10.0.0.2:6379", "--head"]
+    """A head's is left alone."""
+    line = ["/x/raylet", "--raylet_socket_name=/tmp/ray/s", f"--node_id={'cd' * 28}", "--gcs-address=10.0.0.2:6379"]
     listed = [
         SimpleNamespace(info={"name": "raylet", "cmdline": line}),
+        SimpleNamespace(info={"name": "raylet", "cmdline": [*line[:2], f"--node_id={'12' * 28}", line[3], "--head"]}),
         SimpleNamespace(info={"name": "raylet", "cmdline": None}),
         SimpleNamespace(info={"name": "python", "cmdline": ["python", f"--node_id={'ef' * 28}", "--gcs-address=a:1"]}),
     ]

@@ -220,7 +220,7 @@ def test_a_pod_that_goes_leaves_time_for_a_checkpoint(manifests):
     wait = float(named(manifests)["ConfigMap", "vidfuse-settings"]["data"]["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
     image = (REPO / "cluster/Dockerfile").read_text()
     for spec in clusters(manifests):
-        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        for group in spec["workerGroupSpecs"]:
             pod = group["template"]["spec"]
             command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
             assert command[:3] == ["python", "/opt/vidfuse/drain.py", "now"] and command[3] == "--seconds"
