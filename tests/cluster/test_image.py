@@ -84,7 +84,7 @@ def test_versions_are_the_projects():
     installs = [c for _, _, instructions in stages() for c in given(instructions, "RUN") if "pip install" in c]
     assert installs and all("--constraint constraints.txt" in command for command in installs)
     python = re.search(r"uv python install (\S+)", FILE.read_text())[1]
-    assert python == re.search(r'target-version = "py3(\d+)"', PROJECT)[1].join(["3.", ""])
+    assert python == "3." + re.search(r'target-version = "py3(\d+)"', PROJECT)[1]
     assert base.split(":")[1].startswith(PINNED["cuda-toolkit"]), "the base's CUDA is that of the pinned PyTorch"
 
 
