@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from tests import support
-from tests.cluster import Nodes, Training, nodes
 from tests.proxy import Proxy, proxy
+from tests.raylets import Nodes, Training, nodes
 from vidfuse.config import Config, from_mapping
 from vidfuse.data.shards import read_index, read_manifest
 from vidfuse.on_ray.runs import RunFolder

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests import support
-from tests.cluster import Training, nodes
 from tests.faults import config_of
+from tests.raylets import Training, nodes
 from vidfuse.data.layouts import read_layout
 from vidfuse.on_ray.packing import pack, prepare
 

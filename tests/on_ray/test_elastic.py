@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.cluster import Training, nodes
+from tests.raylets import Training, nodes
 from tests.train.local import CrashError, CrashingFeed, losses
 from vidfuse.config import Config, from_mapping, override
 from vidfuse.data.feed import read_here

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests import support
-from tests.cluster import Training
 from tests.faults import FAULTS, HARMLESS, TRAIN, UNREADABLE
+from tests.raylets import Training
 from vidfuse.config import override
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(2400)]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import Training
 from tests.faults import FAULTS, TRAIN, UNREADABLE, Place, kill_a_node, kill_a_worker
+from tests.raylets import Training
 from vidfuse.config import override
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.soak, pytest.mark.timeout(7200)]
