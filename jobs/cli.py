@@ -170,18 +170,25 @@ def say(line: str = "") -> None:
 
 
 def start_ray(**options: Any) -> None:
-    """Join the cluster that RAY_ADDRESS names (a submitted job's own), or start one on this machine."""
+    """Join the cluster that RAY_ADDRESS names (a submitted job's own), or start one on this machine.
+
+    Raises:
+        ConfigError: it cannot be joined.
+    """
     import ray
+
+    from vidfuse.on_ray.joining import joining
 
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    ray.init(
-        address=address or "local",
-        logging_level=logging.ERROR,
-        log_to_driver=bool(os.environ.get("VIDFUSE_WORKER_LOGS")),
-        **({} if address else {"include_dashboard": False, **options}),
-    )
+    with joining(address):
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=bool(os.environ.get("VIDFUSE_WORKER_LOGS")),
+            **({} if address else {"include_dashboard": False, **options}),
+        )
 
 
 def facts() -> dict[str, str]:

@@ -41,9 +41,18 @@ sys.path.insert(0, str(REPO))
 from jobs.cli import RAY_SETTINGS  # noqa: E402
 
 HOST = "127.0.0.1"
-RAY = "import ray._private.services as services; services.resolve_ip_for_localhost = str; from ray.scripts.scripts import main; main()"
-"""`ray`, but that it takes 127.0.0.1 for what it is. Ray 2.60 puts the address of the network in its place, and then metrics and agents
-listen on all interfaces."""
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Set to 0, Ray 2.60 takes 127.0.0.1 for this machine's address, as it does on macOS. Else it puts the network's in its place, and then
+metrics and agents listen on all interfaces."""
+RAY = f"""
+import os
+import ray._private.services as services
+from ray.scripts.scripts import main
+services.resolve_ip_for_localhost = str
+os.environ["{ONE_MACHINE}"] = "0"  # now: with it from the beginning, `ray start` refuses further nodes
+main()
+"""
+"""`ray` on loopback."""
 BUCKET = "vidfuse"
 READY_SECONDS = 120.0
 """How long a part may take to answer."""
@@ -53,7 +62,7 @@ AGENT_PORTS = range(20_000, 32_000)
 MONITORING = REPO / "cluster" / "monitoring"
 PORTS = {
     "port": (6379, "Ray's head"),
-    "dashboard-port": (8265, "the dashboard, to which jobs are submitted"),
+    "dashboard-port": (8265, "the dashboard (jobs are submitted to it)"),
     "client-port": (10001, "Ray's client server"),
     "s3-port": (8333, "the S3 server"),
     "prometheus-port": (9090, "Prometheus"),
@@ -162,7 +171,7 @@ def _environment(folder: Path, options: argparse.Namespace, store: dict[str, Any
         **kept,
         **RAY_SETTINGS,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "RAY_ADDRESS": f"http://{HOST}:{options.dashboard_port}",
+        "RAY_ADDRESS": f"{HOST}:{options.port}",  # `ray job submit` finds the dashboard by it, too
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
@@ -173,7 +182,7 @@ def _environment(folder: Path, options: argparse.Namespace, store: dict[str, Any
 
 
 def _for_users(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(("RAY_A", "AWS_"))}
+    return {name: value for name, value in environment.items() if name.startswith(("RAY_A", "AWS_"))} | {ONE_MACHINE: "0"}
 
 
 def _start_ray(folder: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
@@ -186,18 +195,19 @@ def _start_ray(folder: Path, options: argparse.Namespace, environment: dict[str,
     head = [*ray, "--head", "--num-cpus=0", f"--port={options.port}", f"--ray-client-server-port={options.client_port}"]
     head += [f"--dashboard-host={HOST}", f"--dashboard-port={options.dashboard_port}", f"--temp-dir={scratch}"]
     _start(folder, "head", [*head, _agent_port()], inside, f"http://{HOST}:{options.dashboard_port}")
-    _wait(folder, "head", lambda: _answers(f"{environment['RAY_ADDRESS']}/api/version", _token(environment)))
+    dashboard = f"http://{HOST}:{options.dashboard_port}"
+    _wait(folder, "head", lambda: _answers(f"{dashboard}/api/version", _token(environment)))
     for number in range(1, options.nodes + 1):
         node = [*ray, f"--address={HOST}:{options.port}", f"--num-cpus={options.cpus}", _agent_port()]
-        _start(folder, f"node-{number}", node, inside, f"{options.cpus:g} CPUs")
+        _start(folder, f"node-{number}", node, inside, f"{options.cpus} CPUs")
         # Two that start at once would share their sockets.
-        _wait(folder, f"node-{number}", partial(_has_nodes, environment, number + 1))
+        _wait(folder, f"node-{number}", partial(_has_nodes, dashboard, environment, number + 1))
 
 
-def _has_nodes(environment: dict[str, str], count: int) -> bool:
+def _has_nodes(dashboard: str, environment: dict[str, str], count: int) -> bool:
     """Whether as many nodes are alive, as the dashboard has it."""
     try:
-        summary = json.loads(_get(f"{environment['RAY_ADDRESS']}/nodes?view=summary", _token(environment)))["data"]["summary"]
+        summary = json.loads(_get(f"{dashboard}/nodes?view=summary", _token(environment)))["data"]["summary"]
     except (OSError, ValueError, KeyError):
         return False
     return sum(node["raylet"].get("state") == "ALIVE" for node in summary) == count
@@ -381,7 +391,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", default="runs/cluster", help="where everything is kept (default runs/cluster)")
     parser.add_argument("--nodes", type=int, default=2, help="nodes beside the head (default 2)")
     cpus = max((os.cpu_count() or 2) // 2, 1)
-    parser.add_argument("--cpus", type=float, default=cpus, help=f"CPUs of each node (default {cpus}: half of this machine's)")
+    parser.add_argument("--cpus", type=int, default=cpus, help=f"CPUs of each node (default {cpus}: half of this machine's)")
     for name, (port, what) in PORTS.items():
         parser.add_argument(f"--{name}", type=int, default=port, help=f"of {what} (default {port})")
     return parser.parse_args(argv)

@@ -128,6 +128,12 @@ def test_more_workers_than_the_cluster_has_room_for(ray_cluster):
 
 
 @pytest.mark.ray
+def test_workers_that_leave_no_cpu_for_reading(ray_cluster):
+    with pytest.raises(ConfigError, match=r"4 workers with 0\.5 CPUs each leave none of the cluster's 2 to read"):
+        room.resources(override(get("demo"), ["cluster.workers=4", "train.global_batch=32"]))
+
+
+@pytest.mark.ray
 def test_a_batch_that_the_workers_cannot_divide(ray_cluster):
     with pytest.raises(
         ConfigError, match=r"train\.global_batch: 16 is not divided by every allowed number of workers \(1 to 3\)"

@@ -15,7 +15,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.util import placement_group_table
 
 from vidfuse.on_ray.cleaner import is_alive
-from vidfuse.on_ray.recovery import answering
+from vidfuse.on_ray.recovery import answering, fed
 from vidfuse.on_ray.trainer import Trainer
 
 pytestmark = pytest.mark.ray
@@ -84,3 +84,19 @@ def test_a_node_that_does_not_answer_is_noticed():
         there = listening.getsockname()[:2]
         assert answering([]) and answering([there, there])
     assert not answering([there])
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "per_worker", "reading", "left"),
+    [
+        (2, 2.0, 0.5, 0.5, 2),
+        (2, 1.0, 0.5, 0.5, 1),
+        (4, 4.0, 1.0, 1.0, 3),
+        (1, 0.5, 0.5, 0.5, 1),
+        (0, 0.0, 0.5, 0.5, 0),
+        (8, 64.0, 4.0, 1.0, 8),
+    ],
+)
+def test_workers_leave_a_cpu_to_those_who_read(workers, cpus, per_worker, reading, left):
+    """Two workers of half a CPU on the only CPU that is left would wait for ever for what nobody reads."""
+    assert fed(workers, cpus, per_worker, reading) == left

@@ -209,7 +209,10 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     settings = {"config": config.model_dump(mode="json"), "facts": told, "monitor": monitor, "features": places}
     keep_statistics_here()
     trainer = Trainer(
-        _train_worker, train_loop_config=settings, **ray_settings(config, room, config.run.storage, config.run.name)
+        _train_worker,
+        train_loop_config=settings,
+        reading_cpus=config.data.cpus_per_task,
+        **ray_settings(config, room, config.run.storage, config.run.name),
     )
     with _beating(config, on_progress) as hear, _following(monitor, hear, stop):
         try:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.data._internal.stats import get_or_create_stats_actor
+from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
@@ -55,11 +56,25 @@ def keep_statistics_here() -> None:
 
 
 class QuickScalingPolicy(ElasticScalingPolicy):
-    """Ray's policy, with a fresh account of the cluster.
+    """Ray's policy, with a fresh account of the cluster, and with CPUs for those who read.
 
     A worker that is lost with its node is missed seconds before the node is. Ray would ask for the old number of workers, wait in
-    vain (`RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S`), and then go by an account that is renewed every 20 seconds.
+    vain (`RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S`), and then go by an account that is renewed every 20 seconds. And it would give workers
+    all CPUs that are left: where none is left to read their batches, they wait for ever.
+
+    Args:
+        scaling_config: of the run.
+        reading_cpus: CPUs of a reading task, of which there has to be room for one.
     """
+
+    def __init__(self, scaling_config: ScalingConfig, reading_cpus: float = 0.0) -> None:
+        super().__init__(scaling_config)
+        self._reading_cpus = reading_cpus
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        count = int(super()._count_possible_workers(reserved_resources))
+        cpus = sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+        return fed(count, cpus, self.scaling_config._resources_per_worker_not_none.get("CPU", 0.0), self._reading_cpus)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """None as long as a node that counts as alive does not answer."""
@@ -75,6 +90,13 @@ class QuickScalingPolicy(ElasticScalingPolicy):
         except ray.exceptions.RayError as error:  # it costs seconds of recovery, never the run
             log.debug("the account of the cluster's nodes was not renewed: %s", error)
         return super()._get_reserved_resources()
+
+
+def fed(workers: int, cpus: float, per_worker: float, reading: float) -> int:
+    """As many of some workers as leave CPUs for a reading task; one at least, if there is any."""
+    if not per_worker:
+        return workers
+    return min(workers, max(int((cpus - reading) / per_worker + 1e-9), 1))
 
 
 def answering(addresses: Sequence[tuple[str, int]]) -> bool:

@@ -61,6 +61,12 @@ def resources(config: Config) -> Resources:
             f"cluster.workers: {least} workers with {per_worker:g} CPUs{' and 1 GPU' if gpus else ''} each do not fit: the cluster "
             f"has {has}, room for {room}; lower cluster.workers or cluster.cpus_per_worker, or add nodes"
         )
+    cpus, reading = sum(node.get("CPU", 0) for node in nodes), config.data.cpus_per_task
+    if cpus + 1e-9 < least * per_worker + reading:
+        raise ConfigError(
+            f"cluster.workers: {least} workers with {per_worker:g} CPUs each leave none of the cluster's {cpus:g} to read for them, "
+            f"and a reading task takes data.cpus_per_task = {reading:g}; lower one of the three, or add nodes"
+        )
     sizes = [size for size in range(least, most + 1) if config.train.global_batch % (size * config.train.micro_batch) == 0]
     if len(sizes) != most - least + 1:
         raise ConfigError(

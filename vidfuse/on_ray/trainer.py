@@ -10,6 +10,7 @@ each training, and the group of a killed controller stays. With several clusters
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -42,7 +43,17 @@ class CleanerCallback(PlacementGroupCleanerCallback):
 
 
 class Trainer(TorchTrainer):
-    """See the module."""
+    """See the module.
+
+    Args:
+        loop: what each worker runs.
+        reading_cpus: see `QuickScalingPolicy`.
+        settings: TorchTrainer's.
+    """
+
+    def __init__(self, loop: Callable[..., Any], *, reading_cpus: float = 0.0, **settings: Any) -> None:
+        super().__init__(loop, **settings)
+        self._reading_cpus = reading_cpus
 
     def _create_default_callbacks(self) -> list[Any]:
         """Ray's, with another cleaner, and without the one that starts an actor for data sets given to the trainer: none are."""
@@ -52,5 +63,5 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         if isinstance(settings["scaling_policy"], ElasticScalingPolicy):
-            settings["scaling_policy"] = QuickScalingPolicy(self.scaling_config)
+            settings["scaling_policy"] = QuickScalingPolicy(self.scaling_config, self._reading_cpus)
         return super()._initialize_and_run_controller(**settings)
