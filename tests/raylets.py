@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,13 +38,17 @@ IDLE_TITLE = re.compile(r"ray::IDLE")
 class Nodes:
     """A head without CPUs (the driver, the controller and the monitor are there) and nodes of one CPU: one worker each."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *, dashboard: bool = False) -> None:
         from ray.cluster_utils import Cluster
 
         self._scratch = scratch
         self._cluster = Cluster(shutdown_at_exit=False)
         self._cluster.add_node(
-            num_cpus=0, include_dashboard=False, temp_dir=str(scratch), object_store_memory=STORE_BYTES, dashboard_port=None
+            num_cpus=0,
+            include_dashboard=dashboard,
+            temp_dir=str(scratch),
+            object_store_memory=STORE_BYTES,
+            dashboard_port=_free_port() if dashboard else None,
         )
         self.address: str = self._cluster.address
 
@@ -53,6 +58,11 @@ class Nodes:
             for name, value in environment.items():
                 patch.setenv(name, value)
             return self._cluster.add_node(num_cpus=1, temp_dir=str(self._scratch), object_store_memory=STORE_BYTES)
+
+    @property
+    def discovery(self) -> Path:
+        """Where the dashboard lists the nodes for Prometheus."""
+        return self._scratch / "prom_metrics_service_discovery.json"
 
     @property
     def nodes(self) -> list[Any]:
@@ -110,12 +120,18 @@ class Nodes:
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=False)
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _raylet(node: Any) -> psutil.Process:
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
 @contextlib.contextmanager
-def nodes(count: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
+def nodes(count: int, environment: Mapping[str, str], *, dashboard: bool = False) -> Iterator[Nodes]:
     """A cluster of `count` nodes and a head; its processes find `environment` in theirs. Other clusters are left alone."""
     from ray.experimental import internal_kv
 
@@ -125,7 +141,7 @@ def nodes(count: int, environment: Mapping[str, str]) -> Iterator[Nodes]:
     os.environ.update({**cli.RAY_SETTINGS, **environment, "PYTHONPATH": str(support.REPO)})
     os.environ.pop("RAY_ADDRESS", None)
     try:
-        made = Nodes(scratch)
+        made = Nodes(scratch, dashboard=dashboard)
         for _ in range(count):
             made.add()
         yield made

@@ -12,6 +12,7 @@ from tests.support import REPO
 from tuning.tables import TABLES
 from vidfuse.data.shards import DataError
 from vidfuse.models import select
+from vidfuse.on_ray import metrics
 from vidfuse.presets import PRESETS
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def test_the_commands_parse():
 
 def test_make_targets_and_presets_that_are_named_exist():
     makefile = (REPO / "Makefile").read_text()
-    for target in re.findall(r"`?make (\w+)", README):
+    for target in re.findall(r"`?make ([\w-]+)", README):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for name in re.findall(r"--preset (\w+)", README):
         assert name in PRESETS
@@ -55,6 +56,10 @@ def test_make_targets_and_presets_that_are_named_exist():
 
 def test_the_table_of_presets_is_what_the_command_prints():
     assert "\n".join(models.table()) in README, "run `python -m jobs.models` and put what it prints into the README"
+
+
+def test_the_table_of_metrics_is_what_the_command_prints():
+    assert "\n".join(metrics.markdown()) in README, "run `python -m jobs.metrics` and put what it prints into the README"
 
 
 def test_the_tables_of_ablations_are_all_named():

@@ -11,6 +11,7 @@ so that each continues from its own last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -34,6 +35,7 @@ from tuning.trial import COST, EPOCH, FAULT, METRIC, trainable
 from vidfuse import presets
 from vidfuse.config import Config, ConfigError, SearchConfig, override, read_file
 from vidfuse.on_ray import fit
+from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.storage import StorageError, join, open_storage
 
@@ -206,18 +208,22 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
     )
     open_storage(search.url, write=True)
     filesystem, root = open_storage(search.url)
+    board = Board("search", search=search.name)
     tuner = tune.Tuner(
         trainable(search.base, search.config, facts),
         tune_config=tune.TuneConfig(
             search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[_Tell(on_told)],
+            name="tune", storage_path=root, storage_filesystem=filesystem, verbose=0,
+            callbacks=[_Tell(on_told), _Watched(board, search, study)],
             failure_config=tune.FailureConfig(max_failures=search.base.cluster.max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
         ),
     )  # fmt: skip
-    tuner.fit()
+    with contextlib.closing(board):
+        tuner.fit()
+        board.put()
     return study_of(search)
 
 
@@ -296,3 +302,42 @@ class _Tell(tune.Callback):
 
     def _tell(self, trial: Any, how: str) -> None:
         self._told(f"{trial_name(trial.config)}  {how}  {' '.join(settings(trial.config))}")
+
+
+class _Watched(tune.Callback):
+    """Tells those who watch how far the search is."""
+
+    def __init__(self, board: Board, search: Search, study: optuna.Study) -> None:
+        before = ended(study)
+        values = [trial.values[0] for trial in before if trial.values]
+        self._board, self._best = board, max(values, default=None)
+        self._counts = {"running": 0, "finished": len(values), "failed": len(before) - len(values)}
+        board.set("search_planned_trials", search.options.trials)
+        self._tell()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._count(trials)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if METRIC in result and FAULT not in result:
+            self._best = max(result[METRIC], self._best or 0.0)
+        self._count(trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        failed = FAULT in (trial.last_result or {})
+        self._counts["failed" if failed else "finished"] += 1
+        self._count(trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._counts["failed"] += 1
+        self._count(trials)
+
+    def _count(self, trials: list[Any]) -> None:
+        self._counts["running"] = sum(trial.status == "RUNNING" for trial in trials)
+        self._tell()
+
+    def _tell(self) -> None:
+        for state, count in self._counts.items():
+            self._board.set("search_trials", count, state=state)
+        if self._best is not None:
+            self._board.set("search_best_top1_ratio", self._best)

@@ -35,7 +35,7 @@ def test_repeats_differ_and_are_reproducible(videos):
     one, three, again = (reader_of(root, n).read(part) for n in (1, 3, 3))
     clips = three["clip"].reshape(2, 3, *three["clip"].shape[1:])
     assert np.array_equal(clips[:, 0], one["clip"])  # the first is the clip there is without repeats
-    assert all(np.array_equal(three[name], again[name]) for name in three)
+    assert all(np.array_equal(three[name], again[name]) for name in three if name != "seconds")
     for video in clips:
         assert len({clip.tobytes() for clip in video}) == 3
     assert not np.array_equal(clips[:, 1], reader_of(root, 3).read(Part(2, rows[:2]))["clip"].reshape(clips.shape)[:, 1])

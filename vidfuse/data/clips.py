@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,6 +39,9 @@ FETCHES_AT_ONCE = 8
 CROPS, FRAMES, CHANGES = 1, 2, 3
 """Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows, and
 after its first use in a weighted epoch the number of the use."""
+
+COSTS = ("seconds", "bytes", "retries")
+"""Columns of what a video has cost, on the first of its rows: to decode it, read of the storage, and byte ranges asked for again."""
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -73,6 +77,13 @@ class View(NamedTuple):
 
 Missing = list[tuple[View, Clip]]
 """Views that are to be decoded, each with the place of its clip [T, H, W, 3]."""
+
+
+class Fetched(NamedTuple):
+    """The bytes of a video, or why they are not there."""
+
+    content: bytes | DecodeError
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ class ClipReader:
         Returns:
             `clip` uint8 [R, T, H, W, 3], if it is wanted; `tokens.<stream>` bit patterns [R, N, D] of each cache; `label` int64 [R]
             (-1: none); `weight` float32 [R] (0: padding or unreadable); `sample` int64 [R] (-1: padding); `error` str [R]
-            (`shard\\tkey\\treason` or empty).
+            (`shard\\tkey\\treason` or empty); and `COSTS`: float32 seconds, int64 bytes, int64 retries [R].
 
         Raises:
             OSError: the storage does not give the bytes, after its own retries.
@@ -148,6 +159,9 @@ class ClipReader:
             "weight": np.zeros(rows, np.float32),
             "sample": np.full(rows, PADDING, np.int64),
             "error": np.full(rows, "", object),
+            "seconds": np.zeros(rows, np.float32),
+            "bytes": np.zeros(rows, np.int64),
+            "retries": np.zeros(rows, np.int64),
         }
         places = [slice(start, start + views) for start in range(0, rows, views)]
         plans = [list(self.plans(video, part.epoch)) if video else [] for video in part.videos]
@@ -157,21 +171,24 @@ class ClipReader:
             for video, some, place in zip(part.videos, plans, places, strict=True)
         ]
         contents = self._contents([video if left else None for video, left in zip(part.videos, missing, strict=True)])
-        for video, place, some, left, content in zip(part.videos, places, plans, missing, contents, strict=True):
+        for video, place, some, left, fetched in zip(part.videos, places, plans, missing, contents, strict=True):
             out["sample"][place] = video.sample if video else PADDING
             if video is None:
                 continue
             out["label"][place] = [plan.label for plan in some]
+            out["retries"][place.start], began = fetched.retries, time.perf_counter()
             try:
-                if isinstance(content, DecodeError):
-                    raise content
+                if isinstance(fetched.content, DecodeError):
+                    raise fetched.content
+                out["bytes"][place.start] = len(fetched.content)
                 if self.decodes:
-                    self._make(cache, video, content, left)
+                    self._make(cache, video, fetched.content, left)
                     _change(some, out["clip"][place])
                 out["weight"][place] = 1
             except DecodeError as error:
                 out["clip"][place] = 0
                 out["error"][place] = f"{video.shard}\t{video.key}\t{error}"
+            out["seconds"][place.start] = time.perf_counter() - began if left else 0
         for of in self.features:
             self._read_features(of, part, out)
         return out
@@ -193,6 +210,7 @@ class ClipReader:
                 place = slice(row, row + of.made.views)
                 if not reason:
                     column[place] = bits
+                    out["bytes"][row] += bits.nbytes
                     continue
                 out["weight"][place] = 0
                 out["error"][place] = [before or reason for before in out["error"][place]]
@@ -224,14 +242,14 @@ class ClipReader:
             for key, clip in {self._key(video, plan): clip for plan, clip in missing}.items():
                 cache.store(key, clip)
 
-    def _contents(self, videos: Sequence[Video | None]) -> Iterator[bytes | DecodeError]:
-        """The bytes of each video, or why they are not there; empty for `None`."""
+    def _contents(self, videos: Sequence[Video | None]) -> Iterator[Fetched]:
+        """The bytes of each video; empty for `None`."""
         state = pickle.dumps(self.filesystem)
         pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
         try:
             jobs = [pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None for v in videos]
             for job in jobs:
-                yield job.result() if job else b""
+                yield job.result() if job else Fetched(b"")
         finally:  # where one fails, the others' tries of the same storage are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -318,13 +336,15 @@ def _video(index: SplitIndex, number: int) -> Video | None:
     )
 
 
-def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> bytes | DecodeError:
-    """A video of a shard, or why it is not there.
+def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> Fetched:
+    """A video of a shard.
 
     Raises:
         OSError: the storage does not give it.
     """
+    retries: list[None] = []
     try:
-        return read_range(filesystem, path, offset, size)
+        return Fetched(read_range(filesystem, path, offset, size, again=lambda: retries.append(None)), len(retries))
     except EndError as end:
-        return DecodeError(f"the shard ends at byte {end.size}, this video at {offset + size}: it is truncated")
+        reason = f"the shard ends at byte {end.size}, this video at {offset + size}: it is truncated"
+        return Fetched(DecodeError(reason), len(retries))

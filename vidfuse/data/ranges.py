@@ -7,6 +7,7 @@ Comes in: a pickled pyarrow file system (tasks of one process share what they op
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -22,14 +23,16 @@ class EndError(Exception):
         self.size = size
 
 
-def read_range(filesystem: bytes, path: str, offset: int, size: int) -> bytes:
-    """A byte range of a file.
+def read_range(filesystem: bytes, path: str, offset: int, size: int, *, again: Callable[[], None] | None = None) -> bytes:
+    """A byte range of a file; `again` is called before each further try.
 
     Raises:
         EndError: the file ends before it.
         OSError: the storage does not give it.
     """
     for attempt in range(READS):
+        if attempt and again is not None:
+            again()
         file = (
             _open(filesystem, path) if attempt == 0 else filesystem_of(filesystem).open_input_file(path)
         )  # it may be another now

@@ -31,6 +31,7 @@ from vidfuse.models.recognizer import Recognizer
 from vidfuse.on_ray import features
 from vidfuse.on_ray.featurizing import compute
 from vidfuse.on_ray.monitor import Monitor
+from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.recovery import keep_statistics_here
 from vidfuse.on_ray.room import check_buffer, ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
@@ -41,11 +42,12 @@ from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
 from vidfuse.on_ray.worker import LoneWorker, RayWorker
+from vidfuse.train import plan
 from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import Result, run
 from vidfuse.train.model import continued, started
-from vidfuse.train.worker import Progress, Worker
+from vidfuse.train.worker import Progress
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.3
@@ -207,6 +209,7 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     told = {**facts, **_named(places)}
     settings = {"config": config.model_dump(mode="json"), "facts": told, "monitor": monitor, "features": places}
+    settings["operations"] = operations(config, gpu=room.gpu)
     keep_statistics_here()
     trainer = Trainer(
         _train_worker,
@@ -214,7 +217,9 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
         reading_cpus=config.data.cpus_per_task,
         **ray_settings(config, room, config.run.storage, config.run.name),
     )
-    with _beating(config, on_progress) as hear, _following(monitor, hear, stop):
+    board = Board("driver", run=config.run.name)
+    board.set("world_size_wanted", room.most)
+    with contextlib.closing(board), _beating(config, on_progress) as hear, _following(monitor, hear, stop, board):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -242,9 +247,18 @@ def fit_alone(
         return done
     check_buffer(config, 1)
     places = features_of(config, on_progress)
+    of_clip = operations(config, gpu=bool(ray.get_gpu_ids()))
     with _beating(config, on_progress) as hear:
-        _train(config, LoneWorker(config.run, hear, stop or threading.Event()), {**facts, **_named(places)}, places)
+        worker = LoneWorker(config.run, hear, stop or threading.Event(), operations=of_clip)
+        _train(config, worker, {**facts, **_named(places)}, places)
     return RunFolder.of(config.run).json("result.json") or {}
+
+
+def operations(config: Config, *, gpu: bool) -> float | None:
+    """Of one clip in training, as the share of GPUs' peak is told from them; `None`: there is none to tell."""
+    if not gpu or config.data.features != "off":  # cached features save some of them
+        return None
+    return plan.training_operations(config, check_model(config))
 
 
 def _named(places: features.Places) -> dict[str, str]:
@@ -280,7 +294,7 @@ def finished(config: Config) -> dict[str, Any] | None:
 def _train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     config = Config.model_validate(settings["config"])
-    worker = RayWorker(config.run, settings["monitor"])
+    worker = RayWorker(config.run, settings["monitor"], operations=settings["operations"])
     stand_by()
     try:
         _train(config, worker, settings["facts"], settings["features"])
@@ -291,7 +305,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         raise
 
 
-def _train(config: Config, worker: Worker, facts: Mapping[str, str], places: features.Places) -> Result:
+def _train(config: Config, worker: LoneWorker | RayWorker, facts: Mapping[str, str], places: features.Places) -> Result:
     """One rank's part of a run."""
     train = config.train
     with tempfile.TemporaryDirectory(prefix="vidfuse-run-") as folder:
@@ -302,7 +316,7 @@ def _train(config: Config, worker: Worker, facts: Mapping[str, str], places: fea
             config,
             replace(open_set(config), features=features.opened(places)),
             World(worker.world_size, worker.rank, train.global_batch, train.micro_batch),
-            pull_through_ray(config.data, workers=worker.world_size),
+            pull_through_ray(config.data, workers=worker.world_size, board=worker.board),
         )
         return run(config, worker, feed, folder=records, facts=facts)
 
@@ -323,8 +337,8 @@ def _beating(config: Config, on_progress: Progress) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def _following(monitor: Any, on_progress: Progress, stop: threading.Event) -> Iterator[None]:
-    """Carry events from the monitor to `on_progress`, and the wish to stop to the monitor, while the context is open."""
+def _following(monitor: Any, on_progress: Progress, stop: threading.Event, board: Board) -> Iterator[None]:
+    """Carry events from the monitor to `on_progress` and figures to `board`, and the wish to stop to the monitor, in the context."""
     done = threading.Event()
     seen: dict[str, Any] = {"event": None, "warnings": 0, "judged": 0, "asked": False}
 
@@ -333,7 +347,9 @@ def _following(monitor: Any, on_progress: Progress, stop: threading.Event) -> It
             seen["asked"] = True
             ray.get(monitor.stop.remote(), timeout=5)
         asked = [monitor.latest.remote(), monitor.warnings.remote(), monitor.judged.remote(seen["judged"])]
-        event, warnings, judged = ray.get(asked, timeout=5)
+        event, warnings, judged, figures = ray.get([*asked, monitor.figures.remote()], timeout=5)
+        for name, value in figures.items():
+            board.set(name, value)
         for warning in warnings[seen["warnings"] :]:
             log.error("%s", warning)
         seen["warnings"], seen["judged"] = len(warnings), seen["judged"] + len(judged)

@@ -15,6 +15,7 @@ from vidfuse.config import Config
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate.metrics import Scores
 from vidfuse.evaluate.report import report
+from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.score import score_run, split_of
 from vidfuse.on_ray.storage import join
@@ -93,9 +94,20 @@ def judge(folder: RunFolder, config: Config, which: str, *, facts: Mapping[str, 
     scored = score_run(folder, config, checkpoint)
     manifest = folder_manifest(config)
     scores = judged(scored, manifest.classes)
+    _tell(config, scores)
     samples = manifest.splits[split_of(config)].samples
     facts = {**facts, **surroundings(), "packed set": f"{manifest.dataset}, version {manifest.version}"}
     return Judgement(config, checkpoint, scored, scores, samples, manifest.version, facts, damaged)
+
+
+def _tell(config: Config, scores: Scores) -> None:
+    """Have the scores among the metrics, for as long as this process lives and some seconds more."""
+    board = Board("evaluation", run=config.run.name, split=split_of(config))
+    board.set("evaluation_samples", scores.samples)
+    board.set("evaluation_top1_ratio", scores.top1.value)
+    board.set("evaluation_top5_ratio", scores.top5.value)
+    board.set("evaluation_mean_class_ratio", scores.mean_class_accuracy.value)
+    board.put()
 
 
 def judge_together(runs: Sequence[tuple[RunFolder, Config]], which: str, *, facts: Mapping[str, str]) -> Judgement:

@@ -5,9 +5,55 @@ Comes in: a worker's events, faults and warnings; a driver's wish to stop. Goes 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
+
+
+class Tries:
+    """The tries of a run, as its figures have them: starts of the workers, and what lies between.
+
+    Times are this process' own. Lost is the time from the last step that was heard of before a restart to the first one after it that is
+    ahead of that.
+    """
+
+    def __init__(self) -> None:
+        self._size: int | None = None
+        self._furthest = self._step = -1
+        self._heard = time.time()
+        self._behind_since: float | None = None
+        self._restarts = self._resizes = 0
+        self._lost = 0.0
+
+    def begin(self, size: int) -> None:
+        """So many workers have started."""
+        if self._size is not None:
+            self._restarts += 1
+            self._resizes += size != self._size
+            self._behind_since = self._behind_since or self._heard
+        self._size = size
+
+    def hear(self, step: int, *, judged: bool) -> None:
+        """The newest step of the workers; `judged`: they have just validated."""
+        now = time.time()
+        if step != self._step or judged:
+            self._step, self._heard = step, now
+        if step > self._furthest:
+            self._furthest = step
+            if self._behind_since is not None:
+                self._lost += now - self._behind_since
+                self._behind_since = None
+
+    def figures(self) -> dict[str, float]:
+        """By their names in the table of metrics."""
+        behind = 0.0 if self._behind_since is None else time.time() - self._behind_since
+        return {
+            "progress_timestamp_seconds": self._heard,
+            "restarts_total": self._restarts,
+            "resizes_total": self._resizes,
+            "lost_seconds_total": self._lost + behind,
+        }
 
 
 @ray.remote(num_cpus=0)
@@ -21,10 +67,12 @@ class Monitor:
         self._fault: str | None = None
         self._warnings: list[str] = []
         self._judged: list[dict[str, Any]] = []
+        self._tries = Tries()
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""
         self._event = self._unheard = event
+        self._tries.hear(event["step"], judged="top1" in event)
         if "top1" in event:
             self._judged.append(event)
         return self._stop
@@ -54,9 +102,14 @@ class Monitor:
         """All so far."""
         return self._warnings
 
-    def begin(self) -> None:
-        """Workers have started (anew): why an earlier one gave up is no longer why the run ends."""
+    def begin(self, size: int) -> None:
+        """So many workers have started (anew): why an earlier one gave up is no longer why the run ends."""
         self._fault = None
+        self._tries.begin(size)
+
+    def figures(self) -> dict[str, float]:
+        """What those who watch are told of the tries so far."""
+        return self._tries.figures()
 
     def fault(self, message: str | None = None) -> str | None:
         """Note why a worker gave up, in words for a person; answers the first such note."""

@@ -25,6 +25,7 @@ from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.models.recognizer import frozen_digest
 from vidfuse.on_ray.fit import open_set
+from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.room import ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
@@ -86,7 +87,8 @@ def _score_worker(settings: dict[str, Any]) -> None:
     micro_batch = view.micro_batch or config.train.micro_batch
     world = World(context.get_world_size(), context.get_world_rank(), context.get_world_size() * micro_batch, micro_batch)
     packed = open_set(config, split)
-    feed = Feed(config, packed, world, pull_through_ray(config.data, workers=world.size))
+    board = Board("worker", run=config.run.name, rank=str(world.rank))
+    feed = Feed(config, packed, world, pull_through_ray(config.data, workers=world.size, board=board))
     scored = score(
         model,
         feed.score(split, clips=view.clips, crops=view.crops, flip=view.flip, micro_batch=micro_batch),

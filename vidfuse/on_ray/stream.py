@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -32,13 +33,23 @@ from ray.data.block import Block, BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from vidfuse.config import DataConfig
-from vidfuse.data.clips import ClipReader, Columns, Part
+from vidfuse.data.clips import COSTS, ClipReader, Columns, Part
+from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.standby import of_tasks
 
 RETRIES = 5
 """Of a reading task whose storage fails for longer than `ClipReader` tries; one whose process is killed is started again by Ray."""
 PAUSE_SECONDS = 0.05
 """How long Ray Data's control loop rests when it can do nothing until the worker takes a block."""
+FAILED = "failed"
+"""Column of how many reading tasks had failed before the one of a block."""
+QUEUE = "vidfuse.queue"
+"""Name of a stream in its context, which travels to tasks, as its board cannot."""
+
+_boards: dict[str, Board] = {}
+"""Of this process' streams, by name."""
+_failed: list[str] = []
+"""Reading tasks of this process that the storage has failed since its last block."""
 
 
 class Rest(BackpressurePolicy):
@@ -50,6 +61,10 @@ class Rest(BackpressurePolicy):
 
     def max_task_output_bytes_to_read(self, op: Any) -> None:
         """Called in every turn, for every operator, before the wait for tasks."""
+        board = _boards.get(self._data_context.get_config(QUEUE, ""))
+        if board is not None and op is next(reversed(self._topology)):
+            board.set("queue_blocks", self._topology[op].total_enqueued_output_blocks())
+            board.set("reading_tasks", op.num_active_tasks())
         if op.num_active_tasks() == 0:
             busy = any(other.num_active_tasks() for other in self._topology)
         else:
@@ -92,15 +107,20 @@ class ClipDatasource(Datasource):
         return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.row_bytes, input_files=None, exec_stats=None)
 
 
-def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]:
-    """`Pull` of one of `workers` workers, each with its share of the buffer."""
+def pull_through_ray(
+    data: DataConfig, *, workers: int, board: Board | None = None
+) -> Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]:
+    """`Pull` of one of `workers` workers, each with its share of the buffer; what reading costs is told on `board`.
+
+    Each block carries its own costs to the worker: reading tasks tell nobody else, so that no call is made for it.
+    """
     share = data.buffer_bytes // workers
 
     def pull(reader: ClipReader, parts: Sequence[Part], rows: int) -> Iterator[Columns]:
         if not parts:
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        block = max(reader.rows(part) for part in parts) * reader.row_bytes
+        block, name = max(reader.rows(part) for part in parts) * reader.row_bytes, uuid.uuid4().hex
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
             concurrency=min(max(share // (3 * block), 2), len(parts)),
@@ -113,11 +133,31 @@ def pull_through_ray(data: DataConfig, *, workers: int) -> Callable[[ClipReader,
         context.retried_map_errors, context.max_map_retries = True, RETRIES
         context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
+        context.set_config(QUEUE, name)
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 4, 2 * block))
-        yield from dataset.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=data.prefetch_batches)
+        if board is not None:
+            _boards[name] = board
+        try:
+            for columns in dataset.iter_batches(batch_size=rows, batch_format="numpy", prefetch_batches=data.prefetch_batches):
+                costs = {cost: columns.pop(cost) for cost in (*COSTS, FAILED)}
+                if board is not None:
+                    _tell(board, columns, costs, views=reader.views(parts[0].epoch))
+                yield columns
+        finally:
+            _boards.pop(name, None)
 
     return pull
+
+
+def _tell(board: Board, columns: Columns, costs: Columns, *, views: int) -> None:
+    """Note what the rows of a batch have cost."""
+    seconds = costs["seconds"]
+    board.observe("decode_seconds", seconds[seconds > 0])
+    board.add("samples_total", int((columns["sample"] >= 0).sum()) / views)
+    board.add("corrupt_samples_total", len({error for error in columns["error"] if error}))
+    for name, cost in (("read_bytes", "bytes"), ("read_retries", "retries"), ("read_errors", FAILED)):
+        board.add(f"{name}_total", int(costs[cost].sum()))
 
 
 @dataclass(frozen=True)
@@ -129,7 +169,14 @@ class _Read:
     number: int | None = None
 
     def __call__(self) -> Iterator[Block]:
-        columns = self.reader.read(self.part)
+        try:
+            columns = self.reader.read(self.part)
+        except OSError as error:
+            _failed.append(str(error))
+            raise
+        columns[FAILED] = np.zeros(len(columns["sample"]), np.int64)
+        columns[FAILED][0] = len(_failed)
+        _failed.clear()
         if self.number is not None:
             columns["part"] = np.full(len(columns["sample"]), self.number, np.int64)
         errors = pa.array(np.asarray(columns.pop("error"), object), pa.string())

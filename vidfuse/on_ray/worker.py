@@ -10,7 +10,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from vidfuse.config import RunConfig
+from vidfuse.on_ray.metrics import Teller
+from vidfuse.on_ray.observe import Board, peak_of
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.weights import local
-from vidfuse.train.keeper import Keeper
+from vidfuse.train.keeper import Keeper, Stored
 from vidfuse.train.shelf import Found
 from vidfuse.train.worker import Progress, init_process_group
 
@@ -31,13 +34,36 @@ log = logging.getLogger(__name__)
 
 
 class StoredRun:
-    """What workers of a run on a storage have in common: its checkpoints and records."""
+    """What workers of a run on a storage have in common: its checkpoints and records, and a board for its figures.
 
-    def __init__(self, run: RunConfig, *, rank: int, world_size: int, device: torch.device) -> None:
+    Args:
+        run: of the run.
+        rank: of the worker.
+        world_size: of the run.
+        device: of the worker.
+        tellers: whose figures this process tells besides the worker's own.
+        operations: of one clip in training; `None`: not known, or nothing can be told from it.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        tellers: Sequence[Teller] = (),
+        operations: float | None = None,
+    ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.machine = ray.get_runtime_context().get_node_id()
+        self.board = Board("worker", *(("rank 0",) if rank == 0 else ()), *tellers, run=run.name, rank=str(rank))
+        peak = peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._share = operations / (peak * world_size) if operations and peak else None
         self._folder = RunFolder.of(run)
-        self._keeper = Keeper(self._folder.shelf, machine=self.machine, in_place=False, publish=self._folder.put)
+        self._keeper = Keeper(
+            self._folder.shelf, machine=self.machine, in_place=False, publish=self._folder.put, on_stored=self._stored
+        )
 
     def warn(self, message: str) -> None:
         """Tell a person."""
@@ -49,6 +75,8 @@ class StoredRun:
         with self._keeper.find() as found:
             for damage in found.damaged if self.rank == 0 else ():
                 self.warn(f"{damage}; continuing from {found.name or 'the beginning'}")
+            if self.rank == 0:
+                self.board.set("checkpoint_good_timestamp_seconds", time.time())
             yield found
 
     def save(
@@ -63,7 +91,23 @@ class StoredRun:
 
     def close(self, *, at_most_seconds: float) -> None:
         """See `Worker`."""
-        self._keeper.close(at_most_seconds=at_most_seconds)
+        try:
+            self._keeper.close(at_most_seconds=at_most_seconds)
+        finally:
+            self.board.close()
+
+    def tell(self, figures: Mapping[str, float]) -> None:
+        """See `Worker`."""
+        for name, value in figures.items():
+            self.board.set(name, value)
+        if self._share is not None and "clips_per_second" in figures:
+            self.board.set("mfu_ratio", figures["clips_per_second"] * self._share)
+
+    def _stored(self, checkpoint: Stored) -> None:
+        self.board.set("checkpoint_good_timestamp_seconds", checkpoint.began)
+        self.board.set("checkpoint_seconds", checkpoint.seconds)
+        self.board.set("checkpoint_bytes", checkpoint.size)
+        self.board.add("checkpoints_total", 1)
 
     def local(self, source: str) -> str:
         """See `Worker`."""
@@ -89,13 +133,17 @@ class LoneWorker(StoredRun):
         run: of the run.
         on_progress: is given every progress event; what it raises ends the run.
         stop: set it to have the run end with a checkpoint.
+        operations: of one clip in training.
     """
 
-    def __init__(self, run: RunConfig, on_progress: Progress, stop: threading.Event) -> None:
+    def __init__(
+        self, run: RunConfig, on_progress: Progress, stop: threading.Event, *, operations: float | None = None
+    ) -> None:
         init_process_group()
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
-        super().__init__(run, rank=0, world_size=1, device=device)
+        super().__init__(run, rank=0, world_size=1, device=device, tellers=("driver",), operations=operations)
+        self.tell({"world_size_wanted": 1, "progress_timestamp_seconds": time.time()})
         self._on_progress, self._stop = on_progress, stop
 
     def last_heard(self) -> Mapping[str, Any] | None:
@@ -104,6 +152,7 @@ class LoneWorker(StoredRun):
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """See `Worker`."""
+        self.board.set("progress_timestamp_seconds", time.time())
         self._on_progress(event)
 
     def should_stop(self) -> bool:
@@ -118,14 +167,14 @@ class LoneWorker(StoredRun):
 class RayWorker(StoredRun):
     """One rank of a Ray Train run. Constructed inside `train_loop_per_worker`."""
 
-    def __init__(self, run: RunConfig, monitor: Any) -> None:
+    def __init__(self, run: RunConfig, monitor: Any, *, operations: float | None = None) -> None:
         context = ray.train.get_context()
         rank, size, device = context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
-        super().__init__(run, rank=rank, world_size=size, device=device)
+        super().__init__(run, rank=rank, world_size=size, device=device, operations=operations)
         self._monitor, self._answer, self._stop = monitor, None, False
         self._notice: Any = None
         if self.rank == 0:
-            ray.get(monitor.begin.remote())
+            ray.get(monitor.begin.remote(size))
 
     def warn(self, message: str) -> None:
         """The driver does it."""

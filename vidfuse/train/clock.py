@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass
 class Clock:
-    """Seconds and steps since the start, and since the last `lap`."""
+    """Seconds and steps since the start, and since the last `lap` of each who asks."""
 
     wait_seconds: float = 0.0
     """Spent waiting for batches."""
@@ -20,7 +20,7 @@ class Clock:
     """Spent from asking for a batch to the end of its step (waiting included; validation and checkpoints not)."""
     steps: int = 0
     started: float = field(default_factory=time.monotonic)
-    _lap: tuple[float, float, int] = (0.0, 0.0, 0)
+    _laps: dict[str, tuple[float, float, int]] = field(default_factory=dict)
 
     def timed(self, steps: Iterator[T]) -> Iterator[T]:
         """The same steps; what passes until each comes counts as waiting."""
@@ -44,10 +44,10 @@ class Clock:
         """`clips_per_second`, `data_wait_fraction` and `step_seconds` over all steps so far, of `batch` clips each."""
         return _speed(self.wait_seconds, self.busy_seconds, self.steps, batch)
 
-    def lap(self, batch: int) -> dict[str, float]:
-        """The same since the last lap."""
+    def lap(self, batch: int, of: str) -> dict[str, float]:
+        """The same since the last lap of one who asks."""
         now = (self.wait_seconds, self.busy_seconds, self.steps)
-        past, self._lap = self._lap, now
+        past, self._laps[of] = self._laps.get(of, (0.0, 0.0, 0)), now
         return _speed(now[0] - past[0], now[1] - past[1], now[2] - past[2], batch)
 
 

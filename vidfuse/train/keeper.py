@@ -14,9 +14,10 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,19 @@ class Flight:
     """Rank 0: the run's records as they were then."""
     fault: str | None = None
     thread: threading.Thread | None = None
+    began: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that is whole on the storage."""
+
+    began: float
+    """Unix time: the weights are those of then."""
+    seconds: float
+    """From then until it was whole."""
+    size: int
+    """Bytes."""
 
 
 class Keeper:
@@ -56,10 +70,20 @@ class Keeper:
         machine: name of the rank's machine.
         in_place: whether the shelf is a folder that all ranks see; checkpoints are then written where they stay.
         publish: puts the run's records on its storage (rank 0).
+        on_stored: is told of each checkpoint that is whole (rank 0), by the thread that stores it.
     """
 
-    def __init__(self, shelf: Shelf, *, machine: str, in_place: bool, publish: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        *,
+        machine: str,
+        in_place: bool,
+        publish: Callable[[Path], None],
+        on_stored: Callable[[Stored], None] = lambda _: None,
+    ) -> None:
         self._shelf, self._machine, self._in_place, self._publish = shelf, machine, in_place, publish
+        self._on_stored = on_stored
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._number: int | None = None
         self._token = ""
@@ -243,7 +267,10 @@ class Keeper:
     def _finish(self, flight: Flight, parts: list[Files]) -> None:
         if flight.records is not None:
             self._publish(flight.records)
-        self._shelf.close(flight.name, merged(parts), flight.metrics)
+        files = merged(parts)
+        self._shelf.close(flight.name, files, flight.metrics)
+        size = sum(listed.size for listed in files.values())
+        self._on_stored(Stored(flight.began, time.time() - flight.began, size))
         self._shelf.note(flight.name, flight.metrics, keep=flight.keep, bad=self._bad)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, astuple
@@ -74,7 +75,7 @@ class Run:
         if self.journal is not None:
             self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
         self.clock = Clock()
-        self._told = 0.0
+        self._told, self._nonfinite = 0.0, 0
         self._scores: Scores | None = None
         self._scored_step = -1
         labels = feed.packed.indices[config.data.train_split].label
@@ -84,6 +85,13 @@ class Run:
         self._due = Due(config.train, samples=self.samples)
         if self.record is not None and found.damaged:
             self._tell_of_damage(found)
+        if self.record is not None:
+            place = {
+                "step": self.state.step,
+                "epoch": self.ledger.epoch,
+                "planned_steps": self.epoch_steps * config.train.epochs,
+            }
+            self.worker.tell({**place, "world_size": feed.world.size, "accumulation_steps": feed.world.accumulation})
 
     def __enter__(self) -> Run:
         return self
@@ -138,6 +146,9 @@ class Run:
         if self.journal is not None:
             self.journal.stepped(self.state.step)
         if self.record is not None:
+            self._note(result)
+        if time.monotonic() - self._told >= PROGRESS_SECONDS:
+            self._told = time.monotonic()
             self._tell(result)
 
     def asked_to_stop(self) -> bool:
@@ -200,6 +211,9 @@ class Run:
             values = {"loss": scored.loss, "top1": top1, "top5": self._scores.top5.value, "unreadable": self._scores.unreadable}
             self.record.add("validation", self.state.step, epoch=self.ledger.epoch, samples=self.samples, **values)
             self.worker.progress(self._event(top1=top1, best_top1=self.state.best_top1))
+            figures = {"loss": scored.loss, "top1_ratio": top1, "top5_ratio": self._scores.top5.value}
+            best = {"best_top1_ratio": self.state.best_top1 or 0.0, "epoch": self.ledger.epoch}
+            self.worker.tell({**{f"validation_{name}": value for name, value in figures.items()}, **best})
 
     def gains_no_more(self) -> bool:
         """Whether validation has not gained for as long as early stopping waits."""
@@ -225,7 +239,9 @@ class Run:
         )
         self._due.saved(self.state.step, self.samples)
         if self.record is not None:
-            self.record.add("checkpoint", self.state.step, stall_seconds=round(time.monotonic() - began, 3))
+            stall = round(time.monotonic() - began, 3)
+            self.record.add("checkpoint", self.state.step, stall_seconds=stall)
+            self.worker.tell({"checkpoint_stall_seconds": stall})
 
     def finish(self, how: str) -> dict[str, Any]:
         """Have the last checkpoint stored, then write result.json and report.html; the figures, on rank 0."""
@@ -332,6 +348,30 @@ class Run:
             self.journal.used(**place, uses=uses, errors=self._errors, closed=closed)
 
     def _tell(self, result: StepResult) -> None:
+        """Tell those who watch, and on rank 0 people; reading the loss waits for the device, so that the others do not."""
+        lap = self.clock.lap(self._clips, "watched") if self.clock.steps else None  # the first step is not over yet
+        if lap is not None:
+            self.worker.tell({"step_seconds": lap["step_seconds"], "data_wait_ratio": lap["data_wait_fraction"]})
+        if self.record is None:
+            return
+        train, loss = self.config.train, result.loss
+        self._nonfinite += not math.isfinite(loss)
+        self.worker.tell(
+            {
+                "step": self.state.step,
+                "epoch": self.ledger.epoch,
+                **({"clips_per_second": lap["clips_per_second"]} if lap is not None else {}),
+                "loss": loss,
+                "nonfinite_losses_total": self._nonfinite,
+                "accuracy_ratio": result.accuracy,
+                "gradient_norm": result.grad_norm,
+                "learning_rate": learning_rate(train, self.samples, self.feed.train_samples),
+                "loss_scale": loss_scale(self.engine) if train.precision == "fp16" else 1.0,
+            }
+        )
+        self.worker.progress(self._event(loss=loss, **self._unreadable()))
+
+    def _note(self, result: StepResult) -> None:
         assert self.record is not None
         train = self.config.train
         if self.state.step % train.log_every_steps == 0:
@@ -346,11 +386,8 @@ class Run:
                 samples=self.samples,
                 **values,
                 **self._unreadable(),
-                **self.clock.lap(self._clips),
+                **self.clock.lap(self._clips, "recorded"),
             )
-        if time.monotonic() - self._told >= PROGRESS_SECONDS:
-            self._told = time.monotonic()
-            self.worker.progress(self._event(loss=result.loss, **self._unreadable()))
 
     def _unreadable(self) -> dict[str, Any]:
         """How many of the epoch's videos so far could not be read, on all ranks, and the last ones that this rank knows of."""

@@ -103,6 +103,13 @@ class Worker(Protocol):
         """Tell a person how far the run is (rank 0 alone calls it)."""
         ...
 
+    def tell(self, figures: Mapping[str, float]) -> None:
+        """Show figures of this rank to those who watch: gauges, totals so far. It never waits. Any rank calls it, as it likes.
+
+        Names are those of the README's table of metrics, without `ray_vidfuse_`; those of other ranks stay as they were.
+        """
+        ...
+
     def should_stop(self) -> bool:
         """Whether the run has been asked to end with a checkpoint (the same answer on all ranks)."""
         ...
@@ -184,6 +191,9 @@ class LocalWorker:
         write_json(self.folder / PROGRESS, event)
         if self._on_progress is not None:
             self._on_progress(event)
+
+    def tell(self, figures: Mapping[str, float]) -> None:
+        """See `Worker`; of a local run nobody is told but through its records."""
 
     def should_stop(self) -> bool:
         """See `Worker`; a local run is not asked."""
