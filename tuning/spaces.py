@@ -17,10 +17,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -29,10 +30,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from vidfuse.config import Config, ConfigError, override
 from vidfuse.models import select
+from vidfuse.models.parts import Backbone
 from vidfuse.on_ray import fit
 
 HEADS = (4, 8, 16)
 """Attention heads that the named spaces try."""
+BOTTLENECKS = (1 / 8, 1 / 4, 1 / 2)
+"""Widths inside an exchange that they try, as shares of the wider stream's."""
 OWN = ("seed", "run.name", "run.storage")
 """What the search sets for each trial; a space may not."""
 Value = bool | int | float | str | None
@@ -171,13 +175,21 @@ def named(make: Callable[[Config], dict[str, Parameter]]) -> Callable[[Config], 
 
 @named
 def fusion(base: Config) -> dict[str, Parameter]:
-    """How streams are joined, with how many attention heads and layers; and the learning rate, to a tenth and ten times the base's.
+    """How streams are joined, with how many attention heads and layers, through how narrow a bottleneck; and the learning rate, to a tenth
+    and ten times the base's.
 
     What the base's streams or its budget of parameters do not allow is left out.
     """
     names = [name for name in select.names("fusion") if _builds(base, name)]
     found = {"model.fusion.name": Parameter(choices=tuple(names))}
-    for option, values in (("heads", Parameter(choices=HEADS)), ("layers", Parameter(low=1, high=3))):
+    widest = max((cast(Backbone, stream).width for stream in fit.check_model(base).streams.values()), default=0)
+    bottlenecks = tuple(sorted({math.ceil(widest * share / max(HEADS)) * max(HEADS) for share in BOTTLENECKS}))
+    options = {
+        "heads": Parameter(choices=HEADS),
+        "layers": Parameter(low=1, high=3),
+        "bottleneck": Parameter(choices=bottlenecks),
+    }
+    for option, values in options.items():
         having = tuple(
             n for n in names if option in _options(n) and all(_builds(base, n, **{option: end}) for end in values.ends)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -152,9 +154,29 @@ def test_a_submitted_training_survives_a_node_and_is_there_after_a_restart(local
     assert (end["epoch"], end["step"]) == (40, 240)
     audit = local.call("python", "-m", "jobs.audit", "--run", "s3://vidfuse/runs/demo")
     assert audit.count("exactly once") == 40 and "1 interruption" in audit, audit
+    assert not list(told_secrets(local, tmp_path / "stored"))
     assert local("down").returncode == 0
     assert local("up", "--nodes=1", "--cpus=1").returncode == 0
     assert json.loads(local.call("python", "-m", "jobs.status", "s3://vidfuse/runs", "--json"))["state"] == "finished"
+
+
+def told_secrets(local: Local, folder: Path) -> Iterator[str]:
+    """Places that hold the token, or the key of the store: of logs, command lines, what jobs tell of themselves, and all that is stored."""
+    keys = configparser.ConfigParser()
+    keys.read(local.folder / "store/credentials")
+    secrets = [(local.folder / "token").read_text().strip(), keys["default"]["aws_secret_access_key"]]
+    assert all(len(secret) >= 16 for secret in secrets)
+    download = "import sys; from vidfuse.on_ray.storage import open_storage; from pyarrow import fs; f, r = open_storage('s3://vidfuse'); "
+    local.call("python", "-c", f"{download} fs.copy_files(r, sys.argv[1], source_filesystem=f)", str(folder))
+    texts = {"job list": local.call("ray", "job", "list"), "job logs": local.call("ray", "job", "logs", "one")}
+    for process in local.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            texts[f"command line of {process.pid}"] = " ".join(process.cmdline())
+    [scratch] = {line.split("=", 1)[1] for text in texts.values() for line in text.split() if line.startswith("--temp-dir=")}
+    files = [path for root in (folder, local.folder / "logs", Path(scratch)) for path in root.rglob("*") if path.is_file()]
+    assert any("config.yaml" in path.name for path in files) and any("raylet" in path.name for path in files)
+    texts |= {str(path): path.read_bytes().decode("latin-1") for path in files}
+    yield from (place for place, text in texts.items() if any(secret in text for secret in secrets))
 
 
 def wait_for(local: Local, what, seconds: float = 300) -> dict:

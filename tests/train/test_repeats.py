@@ -91,6 +91,6 @@ def test_the_plan_counts_the_clips():
 
 def test_a_buffer_must_hold_the_repeats():
     needed = 8 * 4 * 4 * 32**2 * 3  # blocks x micro batch x frames x size x size x colours
-    room._check_buffer(config(data__buffer_bytes=needed), 1)
+    room.check_buffer(config(data__buffer_bytes=needed), 1)
     with pytest.raises(ValueError, match=rf"micro batches of 12 clips.*at least {3 * needed:,} .*data\.repeats"):
-        room._check_buffer(config(data__buffer_bytes=needed, **THREE), 1)
+        room.check_buffer(config(data__buffer_bytes=needed, **THREE), 1)

@@ -138,3 +138,10 @@ def test_a_configs_values_are_those_that_the_space_allows():
     assert plain == {"model.fusion.name": "concat"}, "what is not asked for is not there"
     tree = space.within(override(base, ['model.fusion={"name": "cross_attention"}']))
     assert tree["model.fusion.layers"] == 1, "an option that is not given has its default"
+
+
+def test_a_bottleneck_is_asked_for_where_there_is_one():
+    space = space_of("fusion", get("ssv2_gasm_cast"))
+    found = space.parameters["model.fusion.bottleneck"]
+    assert found.choices == (96, 192, 384), "768 is the wider stream's width"
+    assert set(found.when["model.fusion.name"]) == {"bcast", "gasm_cast"}

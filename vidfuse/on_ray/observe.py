@@ -31,7 +31,7 @@ PEAKS = {
     "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
     "V100": 125e12, "T4": 65e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
-"""Operations a second of GPUs by their name, in 16 bits with 32 bits' sums, not sparse; from NVIDIA's data sheets."""
+"""Operations a second of GPUs by their name, in 16 bits with 32 bits' sums, not sparse; as NVIDIA gives them, written down from memory."""
 
 Labels = tuple[tuple[str, str], ...]
 
