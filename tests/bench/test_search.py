@@ -112,8 +112,8 @@ def test_ranks_on_cached_tokens_are_those_of_training(ray_cluster, tmp_path):
 
 
 def test_what_is_found_against_random_search(ray_cluster, tmp_path):
-    """TPE with ASHA, 24 trials, against 8 random ones that all run to their end: about as many epochs; five seeds."""
-    url = packed(tmp_path, 280, 112)
+    """TPE with ASHA, 16 trials, against 6 random ones that all run to their end: about as many epochs; five seeds."""
+    url = packed(tmp_path, 140, 56)
     space = Space(
         "found",
         {
@@ -122,7 +122,7 @@ def test_what_is_found_against_random_search(ray_cluster, tmp_path):
             "train.weight_decay": Parameter(low=1e-3, high=0.5, log=True),
         },
     )
-    ways = {"TPE and ASHA": {"trials": 24, "sampler": "tpe"}, "random": {"trials": 8, "sampler": "random", "stopping": "none"}}
+    ways = {"TPE and ASHA": {"trials": 16, "sampler": "tpe"}, "random": {"trials": 6, "sampler": "random", "stopping": "none"}}
     found: dict[str, list[float]] = {way: [] for way in ways}
     spent: dict[str, list[int]] = {way: [] for way in ways}
     for seed in range(5):
