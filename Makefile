@@ -42,8 +42,11 @@ bench: $(READY)
 cluster-up: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cluster/local/cluster.py up $(UP)
 
-cluster-status cluster-down: cluster-%: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cluster/local/cluster.py $*
+cluster-status: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cluster/local/cluster.py status
+
+cluster-down: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python cluster/local/cluster.py down
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -158,15 +158,15 @@ def nodes(count: int, environment: Mapping[str, str], *, dashboard: bool = False
 
 
 class Training:
-    """`python -m jobs.train` on a cluster, in a process of its own."""
+    """`python -m jobs.train` on a cluster, in a process of its own; `before`: words before its command."""
 
-    def __init__(self, config: Config, address: str, folder: Path) -> None:
+    def __init__(self, config: Config, address: str, folder: Path, *before: str) -> None:
         self.config, self._log = config, folder / f"{config.run.name}.log"
         file = folder / f"{config.run.name}.yaml"
         file.write_text(config.to_yaml())
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.train", "--config", str(file)],
+                [*before, sys.executable, "-m", "jobs.train", "--config", str(file)],
                 cwd=support.REPO,
                 env={**os.environ, "RAY_ADDRESS": address},
                 stdout=log,

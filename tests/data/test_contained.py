@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import os
@@ -54,9 +55,11 @@ def slow_but_alive(steps: int):
 
 
 def from_bytes(video, indices, *bounds):
-    """decord reading from bytes, as it must not be used: some cut AVIs end the process by a segmentation fault."""
+    """decord reading from bytes, and a segmentation fault at an AVI that is cut off: there decord itself sometimes crashes, and sometimes not."""
     import decord
 
+    if int.from_bytes(video[4:8], "little") + 8 > len(video):
+        ctypes.string_at(0)
     reader = decord.VideoReader(io.BytesIO(video), num_threads=1)
     yield list(zip(indices, reader.get_batch(indices).asnumpy(), strict=True))
 
