@@ -55,7 +55,7 @@ def slow_but_alive(steps: int):
 
 
 def from_bytes(video, indices, *bounds):
-    """decord reading from bytes, and a segmentation fault at an AVI that is cut off: there decord itself sometimes crashes, and sometimes not."""
+    """decord reading from bytes, and a segmentation fault at an AVI that is cut off, where decord itself does not always crash."""
     import decord
 
     if int.from_bytes(video[4:8], "little") + 8 > len(video):
