@@ -277,6 +277,10 @@ def ended(study: optuna.Study) -> list[FrozenTrial]:
 class _Searcher(OptunaSearch):
     """Ray's, which also notes how far each trial came."""
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Noted by epoch: Ray counts results, from 1 again after a trial was restarted."""
+        super().on_trial_result(trial_id, {**result, "training_iteration": result[EPOCH]})
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result and trial_id in self._ot_trials:
             self._ot_trials[trial_id].set_user_attr(EPOCHS, result.get(EPOCH, 0))

@@ -113,6 +113,7 @@ def test_values_that_do_not_go_together_are_a_failed_trial_and_not_a_failed_sear
     assert sum("failed: model:" in line for line in told) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_and_each_sample_is_used_once(base):
     """`kill -9` of the process that trains; another one continues from the last checkpoint."""
     wanted = planned(override(base, ["train.epochs=12"]), "shot", trials=2, stopping="none", together=1)
@@ -133,6 +134,9 @@ def test_a_killed_trial_goes_on_and_each_sample_is_used_once(base):
     thread.join()
     assert shot and len(trials) == 2
     assert all(t.state == optuna.trial.TrialState.COMPLETE and t.user_attrs[EPOCHS] == 12 for t in trials)
+    assert all(sorted(t.intermediate_values) == list(range(1, 12)) for t in trials), (
+        "by epoch; the last one is the trial's own value"
+    )
     found = [audit_run(RunFolder.at(join(wanted.url, "trials", trial_name(t.params)))) for t in trials]
     assert all(whole.exact for whole in found), found
     assert sum(len(whole.interruptions) for whole in found) == 1
