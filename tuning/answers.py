@@ -20,11 +20,16 @@ from optuna.visualization import matplotlib as plots
 
 from tuning.search import EPOCHS, Search, ended, trial_name
 from tuning.spaces import Values, asked, settings
-from vidfuse.config import override
+from vidfuse.config import Config, override
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate import drawing, page
 from vidfuse.on_ray.storage import join, open_storage, write_bytes
 
+LABEL_POINTS = 7.5
+BELOW = 0.3
+"""Share of a figure's height below axes on which choices are named."""
+SECTIONS = tuple(f"{name}." for name in Config.model_fields)
+"""Beginnings of a parameter's path."""
 ENOUGH = 2
 """Trials that a plot over trials needs."""
 
@@ -169,10 +174,32 @@ def _drawn(plot: Callable[[], Any]) -> Figure | None:
         first = axes.flat[0] if hasattr(axes, "flat") else axes
         figure: Figure = first.figure
         figure.set_size_inches(drawing.WIDTH_INCHES, 4.2)
+        _shorten(figure)
         from matplotlib import pyplot
 
         pyplot.close(figure)
     return figure
+
+
+def _shorten(figure: Figure) -> None:
+    """Paths on axes, without their section, in small letters: several axes share the width of a page."""
+    choices = []
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_label_text(_path(axis.get_label_text()), fontsize=LABEL_POINTS)
+            texts = [tick.get_text() for tick in axis.get_ticklabels()]
+            if any(text.startswith(SECTIONS) for text in texts):
+                axis.set_ticks(axis.get_ticklocs(), [_path(text) for text in texts], fontsize=LABEL_POINTS)
+        choices += [tick for tick in axes.get_xticklabels() if tick.get_text().startswith("'")]
+    for tick in choices:  # side by side
+        tick.set(rotation=90, fontsize=LABEL_POINTS)
+    for axes in figure.axes if choices else ():
+        box = axes.get_position()
+        axes.set_position((box.x0, BELOW, box.width, box.y1 - BELOW))
+
+
+def _path(text: str) -> str:
+    return text.split(".", 1)[1] if text.startswith(SECTIONS) else text
 
 
 def _cost(search: Search, trial: FrozenTrial) -> str:

@@ -63,7 +63,7 @@ class Local:
 
     def processes(self) -> list[psutil.Process]:
         parts = json.loads((self.folder / "state.json").read_text())
-        tops = [psutil.Process(part["pid"]) for part in parts.values()]
+        tops = [psutil.Process(part["pid"]) for part in parts.values() if psutil.pid_exists(part["pid"])]
         return [*tops, *(child for top in tops for child in top.children(recursive=True))]
 
 
