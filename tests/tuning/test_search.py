@@ -145,7 +145,7 @@ def test_a_killed_trial_goes_on_and_each_sample_is_used_once(base):
 @pytest.mark.slow
 def test_twelve_trials_with_room_for_two_end_and_leave_nothing(base):
     """Where a stopped trial keeps its placement group, the search hangs at the third (ray#54305)."""
-    wanted = planned(override(base, ["train.epochs=9"]), "twelve", trials=12, reduction=3, together=2)
+    wanted = planned(override(base, ["train.epochs=9"]), "twelve", trials=12, reduction=4, together=2)
     study = search.run(wanted, facts={}, on_told=print)
     trials = ended(study)
     assert len(trials) == 12 and all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
