@@ -146,10 +146,7 @@ def nodes(count: int, environment: Mapping[str, str], *, dashboard: bool = False
             made.add()
         yield made
     finally:
-        for process in psutil.process_iter(["cmdline"]):  # `ray stop` would end every cluster of this machine
-            if any(str(scratch) in word for word in process.info["cmdline"] or ()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        support.end_cluster(scratch)
         if client is not None:  # each node has taken its place, and Ray ends a process that asks a cluster which is gone
             internal_kv._initialize_internal_kv(client)
         os.environ.clear()

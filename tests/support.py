@@ -18,6 +18,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from vidfuse.data.shards import Recipe
@@ -223,6 +224,14 @@ def object_store(folder: Path, *, port: int = 0, bucket: str = "vidfuse-test") -
 
 
 # --- commands ---
+
+
+def end_cluster(scratch: Path) -> None:
+    """Kill what has a Ray session's folder in its command line. `ray stop` would end every cluster of this machine."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(scratch) in word for word in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def run_job(name: str, *arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,26 +15,22 @@ one is asked for; elsewhere it is not set.
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from tuning.options import HEADS, exchange_width, in_effect
 from vidfuse.config import Config, ConfigError, override
 from vidfuse.models import select
-from vidfuse.models.parts import Backbone
 from vidfuse.on_ray import fit
 
-HEADS = (4, 8, 16)
-"""Attention heads that the named spaces try."""
 BOTTLENECKS = (1 / 8, 1 / 4, 1 / 2)
 """Widths inside an exchange that they try, as shares of the wider stream's."""
 OWN = ("seed", "run.name", "run.storage")
@@ -132,10 +128,15 @@ class Space:
     def within(self, config: Config) -> Values:
         """The values of a config that the space allows; the others are not there."""
         tree, values = config.model_dump(mode="json"), Values()
+        tree["model"]["fusion"] |= {
+            option: in_effect(config, option) for option in select.options("fusion", config.model.fusion.name)
+        }
         for path, parameter in self.parameters.items():
-            value = _at(tree, path)
+            value: Any = tree
+            for name in path.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
             if asked(parameter, values) and parameter.holds(value):
-                values[path] = value  # type: ignore[assignment]
+                values[path] = value
         return values
 
     def to_json(self) -> dict[str, Any]:
@@ -146,17 +147,6 @@ class Space:
 def asked(parameter: Parameter, values: Mapping[str, Value]) -> bool:
     """Whether a parameter is asked for where others have these values."""
     return all(path in values and values[path] in allowed for path, allowed in parameter.when.items())
-
-
-def _at(tree: Any, path: str) -> object:
-    """The value at a path; of an option of the fusion that is not given, its default."""
-    for name in path.split("."):
-        if not isinstance(tree, Mapping):
-            return None
-        if name not in tree and path == f"model.fusion.{name}":
-            return getattr(_options(tree["name"]).get(name), "default", None)
-        tree = tree.get(name)
-    return tree
 
 
 def settings(values: Mapping[str, Value]) -> list[str]:
@@ -182,8 +172,7 @@ def fusion(base: Config) -> dict[str, Parameter]:
     """
     names = [name for name in select.names("fusion") if _builds(base, name)]
     found = {"model.fusion.name": Parameter(choices=tuple(names))}
-    widest = max((cast(Backbone, stream).width for stream in fit.check_model(base).streams.values()), default=0)
-    bottlenecks = tuple(sorted({math.ceil(widest * share / max(HEADS)) * max(HEADS) for share in BOTTLENECKS}))
+    bottlenecks = tuple(sorted({exchange_width(base, share, max(HEADS)) for share in BOTTLENECKS}))
     options = {
         "heads": Parameter(choices=HEADS),
         "layers": Parameter(low=1, high=3),
@@ -191,7 +180,9 @@ def fusion(base: Config) -> dict[str, Parameter]:
     }
     for option, values in options.items():
         having = tuple(
-            n for n in names if option in _options(n) and all(_builds(base, n, **{option: end}) for end in values.ends)
+            n
+            for n in names
+            if option in select.options("fusion", n) and all(_builds(base, n, **{option: end}) for end in values.ends)
         )
         if having:
             found[f"model.fusion.{option}"] = values.model_copy(update={"when": {"model.fusion.name": having}})
@@ -214,7 +205,11 @@ def optim(base: Config) -> dict[str, Parameter]:
 @named
 def regularisation(base: Config) -> dict[str, Parameter]:
     """Dropouts, label smoothing, weight decay, and an average of the weights."""
-    dropout = {"model.fusion.dropout": Parameter(low=0.0, high=0.5)} if "dropout" in _options(base.model.fusion.name) else {}
+    dropout = (
+        {"model.fusion.dropout": Parameter(low=0.0, high=0.5)}
+        if "dropout" in select.options("fusion", base.model.fusion.name)
+        else {}
+    )
     return {
         **dropout,
         "model.head_dropout": Parameter(low=0.0, high=0.5),
@@ -229,7 +224,7 @@ def everything(base: Config) -> dict[str, Parameter]:
     """All of them."""
     found = fusion(base) | optim(base) | regularisation(base)
     names = found["model.fusion.name"].choices or ()
-    with_dropout = tuple(name for name in names if "dropout" in _options(str(name)))
+    with_dropout = tuple(name for name in names if "dropout" in select.options("fusion", str(name)))
     if with_dropout:
         found["model.fusion.dropout"] = Parameter(low=0.0, high=0.5, when={"model.fusion.name": with_dropout})
     return found
@@ -296,10 +291,6 @@ def _with(space: Space, path: str, value: Value) -> Values:
 def _learning_rate(base: Config) -> dict[str, Parameter]:
     rate = base.train.learning_rate
     return {"train.learning_rate": Parameter(low=float(f"{rate / 10:.3g}"), high=float(f"{rate * 10:.3g}"), log=True)}
-
-
-def _options(fusion: str) -> Mapping[str, Any]:
-    return inspect.signature(select.builder("fusion", fusion)).parameters
 
 
 def _builds(base: Config, name: str, **options: Value) -> bool:

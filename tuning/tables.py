@@ -12,20 +12,16 @@ is lifted, since the table tells the parameters of each.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from tuning.options import HEADS, exchange_width, in_effect
 from vidfuse.config import Config, ConfigError, Option, Stream
 from vidfuse.models import select
 from vidfuse.models.exchange import READERS
-from vidfuse.models.parts import Backbone
-from vidfuse.on_ray import fit
 
-HEADS = (4, 8, 16)
-"""Attention heads of `heads`."""
 SHARES: Mapping[str, float] = {"eighth": 1 / 8, "quarter": 1 / 4, "half": 1 / 2, "whole": 1.0}
 """Widths of a bottleneck, as shares of the wider stream's."""
 VITS: Mapping[str, Mapping[str, str]] = {
@@ -159,7 +155,7 @@ def graph(base: Config) -> tuple[Row, ...]:
     if base.model.fusion.name != "gasm_cast":
         raise ConfigError(f"--table graph is for a base whose model.fusion is gasm_cast; it is {base.model.fusion.name}")
     kept = ("layers", "bottleneck", "heads", "direction", "windows", "dropout")
-    exchanges = tuple(f"model.fusion.{name}={_text(_effective(base, name))}" for name in kept)
+    exchanges = tuple(f"model.fusion.{name}={_text(in_effect(base, name))}" for name in kept)
     return (
         Row("graph"),
         _row(base, "complete", similarity=-1.0, time_reach=base.data.frames),
@@ -177,10 +173,9 @@ def bottleneck(base: Config) -> tuple[Row, ...]:
         ConfigError: the base's fusion has no bottleneck, or its model cannot be built.
     """
     _check_option("bottleneck", base, "bottleneck")
-    streams = fit.check_model(base).streams.values()
-    wider, number = max(cast(Backbone, stream).width for stream in streams), cast(int, _effective(base, "heads"))
-    widths = {name: math.ceil(wider * share / number) * number for name, share in SHARES.items()}
-    own = _effective(base, "bottleneck") or widths["half"]
+    heads = cast(int, in_effect(base, "heads"))
+    widths = {name: exchange_width(base, share, heads) for name, share in SHARES.items()}
+    own = in_effect(base, "bottleneck") or widths["half"]
     return tuple(
         Row(name) if width == own else Row(name, (f"model.fusion.bottleneck={width}", *_unlimited(base)))
         for name, width in widths.items()
@@ -204,14 +199,9 @@ def temporal(base: Config) -> tuple[Row, ...]:
     )
 
 
-def _effective(base: Config, option: str) -> Option:
-    """An option of the base's fusion: what is given, or its default."""
-    return base.model.fusion.options.get(option, select.options("fusion", base.model.fusion.name)[option].default)
-
-
 def _row(base: Config, name: str, **options: Option) -> Row:
     """A row that changes options of the base's fusion; what the base has already is no change."""
-    changed = {option: value for option, value in options.items() if value != _effective(base, option)}
+    changed = {option: value for option, value in options.items() if value != in_effect(base, option)}
     return Row(name, tuple(f"model.fusion.{option}={_text(value)}" for option, value in changed.items()))
 
 

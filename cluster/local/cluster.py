@@ -21,7 +21,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -38,9 +37,10 @@ import yaml
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
+from object_store import HOST, PORT_RANGE, is_free, write_private  # noqa: E402  (of this folder)
+
 from jobs.cli import RAY_SETTINGS  # noqa: E402
 
-HOST = "127.0.0.1"
 ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Set to 0, Ray 2.60 takes 127.0.0.1 for this machine's address, as it does on macOS. Else it puts the network's in its place, and then
 metrics and agents listen on all interfaces."""
@@ -58,7 +58,6 @@ READY_SECONDS = 120.0
 """How long a part may take to answer."""
 END_SECONDS = 20.0
 """How long a process may take to end by itself."""
-AGENT_PORTS = range(20_000, 32_000)
 MONITORING = REPO / "cluster" / "monitoring"
 PORTS = {
     "port": (6379, "Ray's head"),
@@ -95,7 +94,9 @@ def up(folder: Path, options: argparse.Namespace) -> None:
     if running(folder):
         raise ClusterError(f"it is up already ({folder / 'state.json'}): `make cluster-down` first, or use it: {_hint(folder)}")
     for name, (_, what) in PORTS.items():
-        _check_free(getattr(options, name.replace("-", "_")), name, what)
+        port = getattr(options, name.replace("-", "_"))
+        if not is_free(port):
+            raise ClusterError(f"port {port} of {what} is taken; give another one: --{name} PORT")
     for name in ("logs", "store", "prometheus"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "state.json").unlink(missing_ok=True)
@@ -103,7 +104,7 @@ def up(folder: Path, options: argparse.Namespace) -> None:
         store = _start_store(folder, options.s3_port)
         environment = _environment(folder, options, store)
         _start_ray(folder, options, environment)
-        _write_private(folder / "env.sh", "".join(f"export {n}={shlex.quote(v)}\n" for n, v in _for_users(environment).items()))
+        write_private(folder / "env.sh", "".join(f"export {n}={shlex.quote(v)}\n" for n, v in _for_users(environment).items()))
         _start_prometheus(folder, options)
         _start_grafana(folder, options)
     except BaseException:
@@ -165,7 +166,7 @@ def _environment(folder: Path, options: argparse.Namespace, store: dict[str, Any
     """Of the processes of Ray: theirs to inherit to whatever they start."""
     token = folder / "token"
     if not token.exists():
-        _write_private(token, secrets.token_hex(32))
+        write_private(token, secrets.token_hex(32))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     return {
         **kept,
@@ -234,7 +235,7 @@ def _start_grafana(folder: Path, options: argparse.Namespace) -> None:
         return
     password = folder / "grafana-password"
     if not password.exists():
-        _write_private(password, secrets.token_hex(16))
+        write_private(password, secrets.token_hex(16))
     environment = {
         **os.environ,
         "GF_SERVER_HTTP_ADDR": HOST,
@@ -361,28 +362,9 @@ def _answers(url: str, token: str | None = None) -> bool:
     return True
 
 
-def _check_free(port: int, name: str, what: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            raise ClusterError(f"port {port} of {what} is taken; give another one: --{name} PORT") from None
-
-
 def _agent_port() -> str:
     """An option with a port for a node's agent, of those that systems do not hand to outgoing connections."""
-    for port in random.sample(AGENT_PORTS, 50):
-        with contextlib.suppress(ClusterError):
-            _check_free(port, "", "")
-            return f"--dashboard-agent-listen-port={port}"
-    raise ClusterError(f"no port of {AGENT_PORTS.start} to {AGENT_PORTS.stop} is free")
-
-
-def _write_private(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    return f"--dashboard-agent-listen-port={next(port for port in random.sample(PORT_RANGE, 200) if is_free(port))}"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -77,8 +77,8 @@ def serve(folder: Path, port: int, buckets: Sequence[str]) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     binary, ports = find_binary(), choose_ports(folder / "ports.json", port)
     key, secret = read_credentials(folder / "credentials")
-    _write_private(folder / "s3.json", _identities(key, secret))
-    _write_private(folder / "weed.log", "")
+    write_private(folder / "s3.json", _identities(key, secret))
+    write_private(folder / "weed.log", "")
     with open(folder / "weed.log", "ab") as log:
         weed = subprocess.Popen(
             _command(binary, folder, ports), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
@@ -124,14 +124,14 @@ def choose_ports(memory: Path, port: int) -> dict[str, int]:
     Raises:
         StoreError: `port` is taken.
     """
-    if port and not _is_free(port):
+    if port and not is_free(port):
         raise StoreError(f"port {port} is taken; stop what listens there, or give --port 0 for a free one")
     last = json.loads(memory.read_text()) if memory.exists() else {}
     ports: dict[str, int] = {"s3": port} if port else {}
     for name in PORTS:
         candidates = [last[name]] if name in last else []
         candidates += random.SystemRandom().sample(PORT_RANGE, 200)
-        ports.setdefault(name, next(p for p in candidates if p not in ports.values() and _is_free(p)))
+        ports.setdefault(name, next(p for p in candidates if p not in ports.values() and is_free(p)))
     memory.write_text(json.dumps(ports))
     return ports
 
@@ -156,7 +156,7 @@ def read_credentials(file: Path) -> tuple[str, str]:
     ini["default"] = {"aws_access_key_id": key, "aws_secret_access_key": secret}
     text = io.StringIO()
     ini.write(text)
-    _write_private(file, text.getvalue())
+    write_private(file, text.getvalue())
     return key, secret
 
 
@@ -236,13 +236,15 @@ def _client(endpoint: str, key: str, secret: str) -> Any:
     )
 
 
-def _write_private(file: Path, text: str) -> None:
+def write_private(file: Path, text: str) -> None:
+    """Write a file that its owner alone may read."""
     file.unlink(missing_ok=True)
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
         out.write(text)
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether nobody listens at a port of loopback."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

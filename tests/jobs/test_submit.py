@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs import cli
@@ -56,10 +54,7 @@ def cluster(s3):
     try:
         yield env
     finally:
-        for process in psutil.process_iter(["cmdline"]):  # `ray stop` would end every cluster of this machine
-            if any(str(scratch) in word for word in process.info["cmdline"] or ()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        support.end_cluster(scratch)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -111,10 +111,7 @@ class Hosts:
         self.start(number)
 
     def close(self) -> None:
-        for process in psutil.process_iter(["cmdline"]):  # `ray stop` would end every cluster of this machine
-            if any(str(self._scratch) in word for word in process.info["cmdline"] or ()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        support.end_cluster(self._scratch)
         for raylet in self.raylets.values():
             raylet.kill()
             raylet.wait(30)

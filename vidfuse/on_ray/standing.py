@@ -14,12 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow.fs as pafs
-
 from vidfuse.config import Config, ConfigError, RunConfig
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray.runs import RunFolder
-from vidfuse.on_ray.storage import check_storage, exists, join, open_storage
+from vidfuse.on_ray.storage import check_storage, exists, join, list_folders, open_storage
 
 HEARTBEAT = "heartbeat.json"
 BEAT_SECONDS = 15.0
@@ -101,8 +99,7 @@ def _found(filesystem: Any, path: str, depth: int) -> Iterator[str]:
         yield path
         return
     if depth:
-        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        for folder in sorted(info.path for info in infos if info.type == pafs.FileType.Directory):
+        for folder in list_folders(filesystem, path):
             yield from _found(filesystem, folder, depth - 1)
 
 

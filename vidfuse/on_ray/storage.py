@@ -116,6 +116,12 @@ def list_files(fs: Any, folder: str) -> dict[str, int]:
     return {name: found[name] for name in sorted(found) if not name.startswith(".")}
 
 
+def list_folders(fs: Any, folder: str) -> list[str]:
+    """Paths of the folders directly in a folder, sorted; empty where there is no such folder."""
+    infos = fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    return sorted(info.path for info in infos if info.type == pafs.FileType.Directory)
+
+
 def read_bytes(fs: Any, path: str) -> bytes:
     """A file's content.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,7 +139,6 @@ class LoneWorker(StoredRun):
         self, run: RunConfig, on_progress: Progress, stop: threading.Event, *, operations: float | None = None
     ) -> None:
         init_process_group()
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
         super().__init__(run, rank=0, world_size=1, device=device, tellers=("driver",), operations=operations)
         self.tell({"world_size_wanted": 1, "progress_timestamp_seconds": time.time()})

@@ -134,8 +134,7 @@ class LocalWorker:
         init_process_group()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.machine = platform.node()
-        local_rank = dist.get_node_local_rank(fallback_rank=0)
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it; torchrun and Ray Train set it
+        local_rank = int(os.environ["LOCAL_RANK"])
         self.device = device or (torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"))
         self._on_progress = on_progress
         shelf = Shelf(pafs.LocalFileSystem(), str(folder.absolute()))
@@ -206,14 +205,14 @@ class LocalWorker:
 
 def init_process_group() -> None:
     """Join torchrun's process group, or make one of a single process."""
-    if dist.is_initialized():
-        return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if dist.is_torchelastic_launched():
+            dist.init_process_group(backend)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_node_local_rank(fallback_rank=0)))  # DeepSpeed insists on it
 
 
 def read_checkpoints(folder: Path) -> dict[str, Any]:
