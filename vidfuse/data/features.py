@@ -31,7 +31,7 @@ import numpy.typing as npt
 from vidfuse.data.ranges import EndError, filesystem_of, read_range
 from vidfuse.data.shards import DataError, Frozen, parse_record
 
-FORMAT = 1
+FORMAT = 2
 """Of a cache; raised, too, when a version of vidfuse makes other clips or tokens of the same videos."""
 MANIFEST = "features.json"
 PART_VIDEOS = 16

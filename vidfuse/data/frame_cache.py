@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from vidfuse.data.transforms import Box
 
-FORMAT = 1
+FORMAT = 2
 """Of an entry; raised, too, when a version of vidfuse makes other pixels of the same key."""
 LOCK_SECONDS = 5.0
 """How long the lock is waited for. Then the clip is not kept."""

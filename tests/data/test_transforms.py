@@ -1,0 +1,79 @@
+"""Boxes and their pictures, against torchvision's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
+
+from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
+
+FRAME = np.random.default_rng(0).integers(0, 256, (240, 432, 3), np.uint8)
+
+
+def _torchvision(frame, box, size):
+    image = torch.from_numpy(frame).permute(2, 0, 1)
+    out = tv.resized_crop(image, box.top, box.left, box.height, box.width, [size, size], antialias=False)
+    return (tv.horizontal_flip(out) if box.mirrored else out).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(
+    "box",
+    [Box(0, 0, 240, 432), Box(3, 50, 231, 301, mirrored=True), Box(7, 11, 224, 224), Box(20, 30, 112, 160), Box(0, 1, 200, 431)],
+    ids=str,
+)
+def test_a_crop_is_torchvisions(box):
+    """Bilinear: rounding may differ by one of 255."""
+    out = crop_resize(FRAME, box, 224)
+    assert out.shape == (224, 224, 3) and out.dtype == np.uint8
+    assert np.abs(out.astype(int) - _torchvision(FRAME, box, 224)).max() <= 1
+
+
+@pytest.mark.parametrize("factor", [2, 3, 6])
+def test_a_crop_that_shrinks_much_is_the_mean_of_its_pixels(factor):
+    side = 40
+    box = Box(0, 5, factor * side, factor * side)
+    part = FRAME[: factor * side, 5 : 5 + factor * side].reshape(side, factor, side, factor, 3)
+    assert np.abs(crop_resize(FRAME, box, side) - part.mean(axis=(1, 3))).max() <= 0.51
+
+
+@pytest.mark.parametrize("size", [130, 224])
+def test_each_pixel_of_a_crop_counts(size):
+    """Also where it shrinks by less than a half: nothing is stepped over."""
+    for column in range(60, 100):
+        frame = np.zeros((240, 432, 3), np.uint8)
+        frame[:, column] = 255
+        assert crop_resize(frame, Box(0, 0, 240, 240), size).any(), column
+
+
+def test_random_boxes_are_drawn_as_torchvision_draws_them():
+    """Shares of the area and ratios of the sides: the same quartiles."""
+    area, aspect, rng = (0.2, 1.0), (0.75, 1.3333), np.random.default_rng(0)
+    torch.manual_seed(0)
+    ours = [random_box(240, 432, area=area, aspect=aspect, flip=True, rng=rng) for _ in range(4000)]
+    image = torch.empty(3, 240, 432)
+    theirs = [RandomResizedCrop(8, scale=area, ratio=aspect).make_params([image]) for _ in range(4000)]
+    for box in ours:
+        assert 0 <= box.top and box.top + box.height <= 240 and 0 <= box.left and box.left + box.width <= 432
+    assert 0.45 < np.mean([box.mirrored for box in ours]) < 0.55
+    for of_box in (lambda h, w: h * w / (240 * 432), lambda h, w: w / h):
+        quartiles = [
+            np.percentile([of_box(b.height, b.width) for b in ours], [25, 50, 75]),
+            np.percentile([of_box(b["height"], b["width"]) for b in theirs], [25, 50, 75]),
+        ]
+        np.testing.assert_allclose(*quartiles, rtol=0.05)
+
+
+def test_a_frame_that_no_random_box_fits_gives_its_centre():
+    box = random_box(10, 1000, area=(0.9, 1.0), aspect=(0.9, 1.1), flip=False, rng=np.random.default_rng(0))
+    assert box == centre_box(10, 1000) == Box(0, 495, 10, 10)
+
+
+def test_crops_of_a_test_are_spread_over_the_longer_side():
+    assert [centre_box(240, 432, crop=crop, crops=3) for crop in range(3)] == [
+        Box(0, 0, 240, 240),
+        Box(0, 96, 240, 240),
+        Box(0, 192, 240, 240),
+    ]
