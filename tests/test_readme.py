@@ -61,7 +61,9 @@ def test_the_table_of_presets_is_what_the_command_prints():
 def test_the_table_of_feeding_is_what_the_command_prints():
     page = (REPO / "docs/feeding.md").read_text(encoding="utf-8")
     assert "jobs.models --feeding 396 24`" in page
-    assert "\n".join(models.feeding(396, 24)) in page, "put what `python -m jobs.models --feeding 396 24` prints into docs/feeding.md"
+    assert "\n".join(models.feeding(396, 24)) in page, (
+        "put what `python -m jobs.models --feeding 396 24` prints into docs/feeding.md"
+    )
 
 
 def test_the_table_of_metrics_is_what_the_command_prints():

@@ -111,7 +111,7 @@ def test_a_part_that_was_cut_off_is_told(cache):
 def test_another_format_is_told(cache):
     path = cache[0] / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 1"):
+    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 2"):
         open_features(pafs.LocalFileSystem(), str(cache[0]))
 
 

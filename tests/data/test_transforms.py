@@ -21,7 +21,13 @@ def _torchvision(frame, box, size):
 
 @pytest.mark.parametrize(
     "box",
-    [Box(0, 0, 240, 432), Box(3, 50, 231, 301, mirrored=True), Box(7, 11, 224, 224), Box(20, 30, 112, 160), Box(0, 1, 200, 431)],
+    [
+        Box(0, 0, 240, 432),
+        Box(3, 50, 231, 301, mirrored=True),
+        Box(7, 11, 224, 224),
+        Box(20, 30, 112, 160),
+        Box(0, 1, 200, 431),
+    ],
     ids=str,
 )
 def test_a_crop_is_torchvisions(box):
@@ -56,7 +62,7 @@ def test_random_boxes_are_drawn_as_torchvision_draws_them():
     image = torch.empty(3, 240, 432)
     theirs = [RandomResizedCrop(8, scale=area, ratio=aspect).make_params([image]) for _ in range(4000)]
     for box in ours:
-        assert 0 <= box.top and box.top + box.height <= 240 and 0 <= box.left and box.left + box.width <= 432
+        assert box.top >= 0 and box.top + box.height <= 240 and box.left >= 0 and box.left + box.width <= 432
     assert 0.45 < np.mean([box.mirrored for box in ours]) < 0.55
     for of_box in (lambda h, w: h * w / (240 * 432), lambda h, w: w / h):
         quartiles = [
