@@ -42,7 +42,7 @@ from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.weights import local
 from vidfuse.on_ray.worker import LoneWorker, RayWorker
-from vidfuse.train import plan
+from vidfuse.train import plan, tracking
 from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import Result, run
@@ -102,7 +102,7 @@ def _draws(data: DataConfig, index: SplitIndex) -> Draws:
 
 
 def check(config: Config) -> PackedSet:
-    """Refuse, before long work, what cannot train: storage, packed set, model, weights, or another run of the same name.
+    """Refuse, before long work, what cannot train: storage, packed set, model, weights, MLflow, or another run of the same name.
 
     Returns:
         The opened packed set.
@@ -113,6 +113,7 @@ def check(config: Config) -> PackedSet:
     packed = open_set(config)
     check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0)
     check_storage(config.run.storage, write=True)
+    tracking.check(config.tracking)
     _check_frame_cache(config.data)
     folder = RunFolder.of(config.run)
     last, _ = folder.choose("last", (STATE,))
@@ -298,7 +299,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     stand_by()
     try:
         _train(config, worker, settings["facts"], settings["features"])
-    except DataError as error:  # the same on every rank, and no restart mends it: end the run in order
+    except (DataError, ConfigError) as error:  # the same on every rank, and no restart mends it: end the run in order
         ray.get(settings["monitor"].fault.remote(str(error)))
     except (CheckpointError, ModelError) as error:
         ray.get(settings["monitor"].fault.remote(str(error)))

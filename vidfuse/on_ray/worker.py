@@ -65,7 +65,7 @@ class StoredRun:
         )
 
     def warn(self, message: str) -> None:
-        """Tell a person."""
+        """See `Worker`."""
         log.error("%s", message)
 
     @contextlib.contextmanager
@@ -175,7 +175,7 @@ class RayWorker(StoredRun):
             ray.get(monitor.begin.remote(size))
 
     def warn(self, message: str) -> None:
-        """The driver does it."""
+        """See `Worker`; the driver does it."""
         self._monitor.warn.remote(message)
 
     def save(
