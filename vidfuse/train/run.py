@@ -75,7 +75,8 @@ class Run:
         self._errors = dict.fromkeys(SampleError(*error) for error in self.state.unreadable)
         self._lost = torch.tensor(float(len(self._errors)), device=worker.device)
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
-        self._tracker = self._tracked()
+        self._tracker: Tracker | None = None
+        self._track()
         self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
         if self.journal is not None:
             self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
@@ -322,19 +323,19 @@ class Run:
         state.world_size, state.config, state.git_revision = world.size, tree, revision
         return engine, state, origins
 
-    def _tracked(self) -> Tracker | None:
-        """Who writes the run to MLflow, on rank 0. All ranks call it.
+    def _track(self) -> None:
+        """Have rank 0 write the run to MLflow, if it is to. All ranks call it.
 
         Raises:
             ConfigError: MLflow does not know the run and cannot be reached from rank 0's machine; the same on all ranks.
         """
         if self.config.tracking.mlflow is None:
-            return None
-        tracker, fault = None, [""]
+            return
+        fault = [""]
         if self.record is not None:
             place = {"manifest": self.state.manifest, "world size": str(self.worker.world_size)}
             try:
-                tracker = Tracker(
+                self._tracker = Tracker(
                     self.config,
                     {**self.record.facts, **place},
                     folder=self.record.folder,
@@ -346,10 +347,8 @@ class Run:
                 fault = [f"{error} (asked by rank 0, on {platform.node()})"]
         dist.broadcast_object_list(fault, src=0)
         if fault[0]:
-            self.feed.close()
-            self.engine.destroy()
+            self.__exit__(ConfigError)
             raise ConfigError(fault[0])
-        return tracker
 
     def _model(self, state: checkpoint.State | None) -> tuple[Recognizer, dict[str, Any]]:
         try:

@@ -49,7 +49,7 @@ SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     # One request may take minutes otherwise; what failed is tried again here.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """What mlflow finds in the environment of its process, unless it is there already."""
 
