@@ -403,11 +403,23 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri):
 
 
 @pytest.mark.parametrize(
-    "uri", ["runs/mlflow", "file:///runs", "sqlite://", "sqlite:///", "http://", "ftp://host", "postgresql://host/db", ""]
+    "uri",
+    [
+        "runs/mlflow",
+        "file:///runs",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///mlflow.db",
+        "sqlite:////",
+        "http://",
+        "ftp://host",
+        "postgresql://host/db",
+        "",
+    ],
 )
 def test_what_is_no_tracking_uri_is_refused(uri):
     with pytest.raises(
-        ConfigError, match=r"tracking: mlflow is http://host:port or https://host of a server, or sqlite:///file"
+        ConfigError, match=r"tracking: mlflow is http://host:port or https://host of a server, or sqlite:////folder"
     ):
         from_mapping({"tracking": {"mlflow": uri}})
 

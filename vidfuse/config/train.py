@@ -135,9 +135,9 @@ class TrackingConfig(Section):
     """Where a run is told of besides its own folder, which has TensorBoard's events in any case."""
 
     mlflow: str | None = None
-    """MLflow's tracking URI: `http://host:5000` or `https://host` of a server, `sqlite:///file` of a database on this machine's disk
-    (`sqlite:////file` from the root). It is saved with the run, so credentials are no part of it: MLflow reads them from
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN or its own file. `null`: no MLflow."""
+    """MLflow's tracking URI: `http://host:5000` or `https://host` of a server, `sqlite:////folder/mlflow.db` of a database by its
+    whole path, since workers run in other folders than the command. It is saved with the run, so credentials are no part of it: MLflow
+    reads them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN or its own file. `null`: no MLflow."""
     experiment: str = Field("vidfuse", min_length=1, max_length=500)
     """Name of MLflow's experiment; it is made if it is not there."""
 
@@ -152,10 +152,10 @@ class TrackingConfig(Section):
                 "MLFLOW_TRACKING_TOKEN, in the environment"
             )
         served = parts.scheme in ("http", "https") and parts.hostname
-        kept = parts.scheme == "sqlite" and not parts.netloc and parts.path.strip("/")
+        kept = parts.scheme == "sqlite" and not parts.netloc and parts.path.startswith("//") and parts.path.strip("/")
         if not served and not kept:
             raise ValueError(
-                "mlflow is http://host:port or https://host of a server, or sqlite:///file (sqlite:////file from the root); MLflow keeps "
-                f"no folders of files any more; given {self.mlflow!r}"
+                "mlflow is http://host:port or https://host of a server, or sqlite:////folder/mlflow.db, a database by its whole path; "
+                f"MLflow keeps no folders of files any more; given {self.mlflow!r}"
             )
         return self

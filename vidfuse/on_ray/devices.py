@@ -35,7 +35,7 @@ class Sight:
     bf16: bool = False
     """Whether that one computes in bf16 by itself."""
     fault: str = ""
-    """What CUDA said, in a line."""
+    """What CUDA said, in a sentence."""
 
 
 def look() -> Sight:
@@ -48,7 +48,7 @@ def look() -> Sight:
         torch.cuda.init()
         name, bf16 = torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
     except (AssertionError, RuntimeError) as error:  # torch raises both, of one cause
-        return Sight(host, torch.__version__, build, None, fault=" ".join(str(error).split())[:200])
+        return Sight(host, torch.__version__, build, None, fault=" ".join(str(error).split()).split(". ")[0])
     return Sight(host, torch.__version__, build, name, bf16=bf16)
 
 

@@ -246,7 +246,7 @@ def _client(uri: str) -> Any:
 
 
 def _database(uri: str) -> Path:
-    return Path(urlsplit(uri).path[1:]).absolute()
+    return Path(urlsplit(uri).path[1:])
 
 
 def _experiment(client: Any, tracking: TrackingConfig) -> Any | None:
