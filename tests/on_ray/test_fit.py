@@ -7,6 +7,7 @@ import threading
 
 import pyarrow.fs as pafs
 import pytest
+from mlflow import MlflowClient
 
 from tests import support
 from vidfuse.config import from_mapping, override
@@ -102,6 +103,22 @@ def test_a_run_leaves_its_records(whole):
     assert result["packed_version"] == state.manifest == manifest.version
     assert (state.step, state.epoch, state.ledger["used"]) == (6, 2, {})
     assert record["best"] in record["scores"]
+
+
+def test_a_run_that_is_stopped_and_continues_is_one_mlflow_run(config, tmp_path):
+    """Through Ray Train and S3: which one it is comes from the run's own storage."""
+    mlflow = f"sqlite:///{tmp_path}/mlflow.db"
+    config = override(config, ["run.name=tracked", f"tracking.mlflow={mlflow}"])
+    assert train(config, stopped=True)[0]["state"] == "stopped"
+    kept = RunFolder.of(config.run).json("mlflow.json")["run_id"]
+    client = MlflowClient(tracking_uri=mlflow)
+    assert client.get_run(kept).info.status == "KILLED"
+    assert train(config)[0]["state"] == "finished"
+    [run] = client.search_runs([client.get_experiment_by_name("vidfuse").experiment_id])
+    assert (run.info.run_id, run.info.run_name, run.info.status) == (kept, "tracked", "FINISHED")
+    assert run.data.tags["vidfuse.world_size"] == "2"
+    found = [(metric.step, metric.value) for metric in client.get_metric_history(kept, "train/loss")]
+    assert found == list(enumerate(losses(config), start=1))
 
 
 def test_the_last_two_and_the_best_are_kept_and_no_other(whole):
