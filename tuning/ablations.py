@@ -165,7 +165,7 @@ def run(
             with _named(cell):
                 resources(cell.config)
     publish(ablation, facts)
-    told = {**facts, "table": ablation.name}
+    told = {**facts, "table": ablation.url.rsplit("/", 1)[-1]}
     for cell in ablation.cells:
         if stop.is_set():
             return
