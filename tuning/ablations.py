@@ -165,12 +165,13 @@ def run(
             with _named(cell):
                 resources(cell.config)
     publish(ablation, facts)
+    told = {**facts, "table": ablation.url.rsplit("/", 1)[-1]}
     for cell in ablation.cells:
         if stop.is_set():
             return
         outcome: dict[str, Any] | RunError
         try:
-            outcome = fit.fit(cell.config, facts=facts, on_progress=on_progress(cell), stop=stop)
+            outcome = fit.fit(cell.config, facts=told, on_progress=on_progress(cell), stop=stop)
         except RunError as error:
             outcome = error
         publish(ablation, facts)

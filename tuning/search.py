@@ -210,7 +210,7 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
     filesystem, root = open_storage(search.url)
     board = Board("search", search=search.name)
     tuner = tune.Tuner(
-        trainable(search.base, search.config, facts),
+        trainable(search.base, search.config, {**facts, "search": search.name}),
         tune_config=tune.TuneConfig(
             search_alg=searcher, scheduler=_scheduler(search), num_samples=left, max_concurrent_trials=at_once, reuse_actors=True
         ),

@@ -20,7 +20,7 @@ from vidfuse.config import Config, ConfigError
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray import fit
 from vidfuse.on_ray.room import resources
-from vidfuse.train.errors import CheckpointError, ModelError, RunError
+from vidfuse.train.errors import CheckpointError, EndedError, ModelError, RunError
 
 METRIC = "top1"
 """Validation top-1, the best so far of a trial."""
@@ -33,10 +33,6 @@ _ALMOST_NOTHING = {"CPU": 0, "memory": 1}
 """What Tune reserves for the process of a trial that does not train itself: a byte."""
 _LASTING = (ConfigError, DataError, CheckpointError, ModelError, RunError)
 """Faults that another try does not mend."""
-
-
-class EndedError(Exception):
-    """Tune has ended the trial that this training is."""
 
 
 def trainable(base: Config, config_of: Callable[[Values], Config], facts: Mapping[str, str]) -> Any:

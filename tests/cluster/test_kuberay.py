@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 
 from jobs import cli
 from tests.kustomize import build, named, pod_templates
+from tests.monitoring import needed
 from tests.support import REPO, shared_data
 
 FOLDER = REPO / "cluster/kuberay"
@@ -179,7 +181,7 @@ def test_what_is_named_is_there(manifests):
         for source in container.get("envFrom", []):
             assert source["configMapRef"]["name"] in maps, at
         secrets |= {v["valueFrom"]["secretKeyRef"]["name"] for v in container.get("env", [])}
-    assert secrets == {"vidfuse-auth", "vidfuse-storage"}
+    assert secrets == {"vidfuse-auth", "vidfuse-storage", "vidfuse-mlflow"}
     for name in secrets:
         assert f"kubectl -n vidfuse create secret generic {name} " in README, name
     assert all(m["metadata"].get("namespace", "vidfuse") == "vidfuse" for m in manifests)
@@ -210,6 +212,77 @@ def test_ports_are_those_of_the_docs(manifests):
 def test_settings_are_those_of_the_jobs(manifests):
     settings = named(manifests)["ConfigMap", "vidfuse-settings"]["data"]
     assert {name: settings.get(name) for name in cli.RAY_SETTINGS} == cli.RAY_SETTINGS
+
+
+# --- what Prometheus is to hear of ---
+
+DURATION = {
+    "type": "string",
+    "pattern": "^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?(([0-9]+)ms)?)$",
+}
+WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
+RULE = {
+    "alert": {"type": "string"},
+    "expr": {"type": ["string", "integer"]},
+    "for": DURATION,
+    "labels": WORDS,
+    "annotations": WORDS,
+}
+GROUP = {
+    "name": {"type": "string", "minLength": 1},
+    "interval": DURATION,
+    "rules": {
+        "type": "array",
+        "items": {"type": "object", "properties": RULE, "required": ["alert", "expr"], "additionalProperties": False},
+    },
+}
+GROUPS = {"type": "object", "properties": GROUP, "required": ["name", "rules"], "additionalProperties": False}
+ALERTS = {
+    "type": "object",
+    "properties": {"groups": {"type": "array", "minItems": 1, "items": GROUPS}},
+    "required": ["groups"],
+    "additionalProperties": False,
+}
+"""`spec` of the operator's PrometheusRule, as far as alerts have it (its CRD, August 2026)."""
+
+
+def test_the_alerts_are_those_of_prometheus(manifests):
+    """There is one source of them; `python cluster/monitoring/prometheus_rule.py` makes the other file."""
+    source = (REPO / "cluster/monitoring/alerts.yml").read_text(encoding="utf-8")
+    made = (FOLDER / "base/prometheus-rule.yaml").read_text(encoding="utf-8")
+    script = runpy.run_path(str(REPO / "cluster/monitoring/prometheus_rule.py"))
+    assert made == script["manifest"](source), "run `python cluster/monitoring/prometheus_rule.py`"
+    rule = named(manifests)["PrometheusRule", "vidfuse"]
+    assert rule["spec"] == yaml.safe_load(source) and rule["apiVersion"] == "monitoring.coreos.com/v1"
+    jsonschema.validate(rule["spec"], ALERTS)
+    names = [alert["alert"] for group in rule["spec"]["groups"] for alert in group["rules"]]
+    assert len(names) == len(set(names)) >= 8
+
+
+def test_prometheus_is_found_by_the_same_label_for_both(manifests):
+    """kube-prometheus-stack takes rules and monitors with its release's label."""
+    monitor, rule = (
+        named(manifests)[key]["metadata"]["labels"] for key in (("PodMonitor", "vidfuse-ray"), ("PrometheusRule", "vidfuse"))
+    )
+    assert monitor["release"] == rule["release"] == "prometheus"
+    assert "release `prometheus`" in README
+
+
+def test_promtool_takes_the_objects_rules(tmp_path):
+    spec = named(build(FOLDER / "base"))["PrometheusRule", "vidfuse"]["spec"]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(spec))
+    done = subprocess.run(
+        [needed("promtool"), "check", "rules", str(tmp_path / "rules.yml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "rules found" in done.stdout, done.stdout + done.stderr
+
+
+def test_alerts_name_the_jobs_of_the_pod_monitor(manifests):
+    """The operator calls a PodMonitor's job NAMESPACE/NAME."""
+    monitor = named(manifests)["PodMonitor", "vidfuse-ray"]["metadata"]
+    rules = named(manifests)["PrometheusRule", "vidfuse"]["spec"]["groups"][0]["rules"]
+    (job,) = [re.search(r'up{job=~"([^"]+)"}', rule["expr"])[1] for rule in rules if "up{" in rule["expr"]]
+    assert re.fullmatch(job, f"{monitor['namespace']}/{monitor['name']}")
 
 
 # --- a machine that is taken away ---

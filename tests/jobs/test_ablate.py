@@ -155,6 +155,7 @@ def test_a_cell_is_trained_through_the_main_path(command, tmp_path, capsys):
     place, said = tmp_path / "runs" / "tiny-rows", capsys.readouterr().out
     result = json.loads((place / "motion-seed0" / "result.json").read_text())
     assert result["state"] == "finished" and result["steps"] == 2  # 9 videos in batches of 8
+    assert json.loads((place / "motion-seed0" / "run.json").read_text())["table"] == "tiny-rows"
     assert f"motion-seed0: finished, best top-1 {result['best_top1']}" in said
     assert (place / "table.png").read_bytes().startswith(b"\x89PNG")
     top1 = f"{100 * result['best_top1']:.1f}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 
 import pyarrow.fs as pafs
 import pytest
+import ray
+from mlflow import MlflowClient
 
 from tests import support
 from vidfuse.config import from_mapping, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, read_manifest
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, waiting
 from vidfuse.on_ray.judge import judge, judge_together, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
@@ -102,6 +105,40 @@ def test_a_run_leaves_its_records(whole):
     assert result["packed_version"] == state.manifest == manifest.version
     assert (state.step, state.epoch, state.ledger["used"]) == (6, 2, {})
     assert record["best"] in record["scores"]
+
+
+def test_a_run_that_is_stopped_and_continues_is_one_mlflow_run(config, tmp_path):
+    """Through Ray Train and S3: which one it is comes from the run's own storage."""
+    mlflow = f"sqlite:///{tmp_path}/mlflow.db"
+    config = override(config, ["run.name=tracked", f"tracking.mlflow={mlflow}"])
+    assert train(config, stopped=True)[0]["state"] == "stopped"
+    kept = RunFolder.of(config.run).json("mlflow.json")["run_id"]
+    client = MlflowClient(tracking_uri=mlflow)
+    assert client.get_run(kept).info.status == "KILLED"
+    assert train(config)[0]["state"] == "finished"
+    [run] = client.search_runs([client.get_experiment_by_name("vidfuse").experiment_id])
+    assert (run.info.run_id, run.info.run_name, run.info.status) == (kept, "tracked", "FINISHED")
+    assert run.data.tags["vidfuse.world_size"] == "2"
+    found = [(metric.step, metric.value) for metric in client.get_metric_history(kept, "train/loss")]
+    assert found == list(enumerate(losses(config), start=1))
+
+
+def test_a_run_that_finds_the_cluster_full_says_so_and_starts_when_it_is_not(config, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 1.0)
+    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.5)
+    config = override(config, ["run.name=patient", "train.epochs=1"])
+    group = ray.util.placement_group([{"CPU": 2}])
+    ray.get(group.ready())
+    released = threading.Timer(8.0, ray.util.remove_placement_group, [group])
+    released.start()
+    with caplog.at_level(logging.WARNING, logger="vidfuse"):
+        assert train(config)[0]["state"] == "finished"
+    released.join()
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("patient ")]
+    assert (
+        "waits for room, " in said[0] and "asked for are 2 workers of 0.5 CPUs; free are 0 CPUs of 2 CPUs on 1 node" in said[0]
+    )
+    assert "held by others of this job: 2 CPUs" in said[0] and said[-1] == "patient there is room now: its workers run"
 
 
 def test_the_last_two_and_the_best_are_kept_and_no_other(whole):

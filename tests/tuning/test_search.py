@@ -14,6 +14,7 @@ import optuna
 import psutil
 import pytest
 import ray
+from mlflow import MlflowClient
 
 from tests import support
 from tests.jobs.test_ablate import TINY
@@ -64,13 +65,19 @@ def settled(seconds: float = 30) -> bool:
 
 
 def test_a_search_answers_with_a_page_a_config_and_settings(base):
-    wanted = planned(base, "few", trials=3, stopping="none", together=2)
+    mlflow = f"sqlite:///{base.run.storage}/mlflow.db"
+    wanted = planned(override(base, [f"tracking.mlflow={mlflow}"]), "few", trials=3, stopping="none", together=2)
     search.check(wanted)
     told: list[str] = []
     study = search.run(wanted, facts={}, on_told=told.append)
     trials = ended(study)
     assert len(trials) == 3 and all(t.user_attrs[EPOCHS] == 4 for t in trials)
     assert len([line for line in told if line.startswith("trial-") and "after 4 epochs" in line]) == 3
+    client = MlflowClient(tracking_uri=mlflow)
+    experiment = client.get_experiment_by_name("vidfuse").experiment_id
+    runs = client.search_runs([experiment], filter_string="tags.`vidfuse.search` = 'few-space'")
+    assert {run.info.run_name for run in runs} == {trial_name(trial.params) for trial in trials}
+    assert all(len(client.get_metric_history(run.info.run_id, "validation/top1")) == 4 for run in runs)
     lines = list(answers.write(wanted, study, {"git_revision": "test"}))
     assert lines[0] == "3 trials, 0 failed"
     assert lines[1].startswith(f"top-1 {max(t.values[0] for t in trials):.4f}: --set model.fusion.name=")

@@ -5,8 +5,8 @@ from vidfuse.config.data import Curriculum, DataConfig, FeaturesConfig, QualityC
 from vidfuse.config.model import Adapters, Component, Lora, ModelConfig, Option, Stream
 from vidfuse.config.pack import LayoutConfig, PackConfig, TranscodeConfig
 from vidfuse.config.section import ConfigError, Section
-from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrainConfig
-from vidfuse.config.tree import HARMLESS, Config, differences, from_mapping, override, read_file
+from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrackingConfig, TrainConfig
+from vidfuse.config.tree import HARMLESS, Config, differences, flat, from_mapping, override, read_file
 from vidfuse.config.tune import SearchConfig
 
 __all__ = [
@@ -37,9 +37,11 @@ __all__ = [
     "Section",
     "Stream",
     "Temporal",
+    "TrackingConfig",
     "TrainConfig",
     "TranscodeConfig",
     "differences",
+    "flat",
     "from_mapping",
     "override",
     "read_file",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -128,3 +129,33 @@ class RunConfig(Section):
     """Folder of the run below `storage`."""
     storage: str = "runs"
     """Folder or `s3://` URL under which runs are kept."""
+
+
+class TrackingConfig(Section):
+    """Where a run is told of besides its own folder, which has TensorBoard's events in any case."""
+
+    mlflow: str | None = None
+    """MLflow's tracking URI: `http://host:5000` or `https://host` of a server, `sqlite:////folder/mlflow.db` of a database by its
+    whole path, since workers run in other folders than the command. It is saved with the run, so credentials are no part of it: MLflow
+    reads them from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN or its own file. `null`: no MLflow."""
+    experiment: str = Field("vidfuse", min_length=1, max_length=500)
+    """Name of MLflow's experiment; it is made if it is not there."""
+
+    @model_validator(mode="after")
+    def _is_a_tracking_uri(self) -> TrackingConfig:
+        if self.mlflow is None:
+            return self
+        parts = urlsplit(self.mlflow)
+        if "@" in parts.netloc or parts.query or parts.fragment:  # what was given is not repeated
+            raise ValueError(
+                "mlflow: credentials and options do not belong into a URI; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "MLFLOW_TRACKING_TOKEN, in the environment"
+            )
+        served = parts.scheme in ("http", "https") and parts.hostname
+        kept = parts.scheme == "sqlite" and not parts.netloc and parts.path.startswith("//") and parts.path.strip("/")
+        if not served and not kept:
+            raise ValueError(
+                "mlflow is http://host:port or https://host of a server, or sqlite:////folder/mlflow.db, a database by its whole path; "
+                f"MLflow keeps no folders of files any more; given {self.mlflow!r}"
+            )
+        return self

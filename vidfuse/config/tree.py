@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from vidfuse.config.data import DataConfig, FeaturesConfig, QualityConfig
 from vidfuse.config.model import ModelConfig, Stream
 from vidfuse.config.section import ConfigError, Section
-from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrainConfig
+from vidfuse.config.train import ClusterConfig, EvaluateConfig, RunConfig, TrackingConfig, TrainConfig
 
 HARMLESS = (
     "data.url",
@@ -53,6 +53,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
     quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
@@ -86,7 +87,7 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def digest(self) -> str:
-        """Hash of what decides the numbers of a run (storage, name, cluster and evaluation do not)."""
+        """Hash of what decides the numbers of a run (storage, name, tracking, cluster and evaluation do not)."""
         part = self.model_dump(mode="json", include={"seed", "data", "model", "train"})
         for path in HARMLESS:
             section, _, field = path.partition(".")
@@ -146,15 +147,20 @@ def read_file(path: str) -> Config:
     return from_mapping(tree, source=path)  # type: ignore[arg-type]
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """Dotted paths whose values differ, as `path: a -> b`."""
+def flat(config: Config) -> dict[str, Any]:
+    """Every field's value by its dotted path; a part that is `null` is one of them."""
 
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
-        return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
+        return {k: v for key, value in tree.items() for k, v in leaves(value, f"{prefix}.{key}" if prefix else key).items()}
 
-    left, right = flat(a.model_dump(mode="json")), flat(b.model_dump(mode="json"))
+    return leaves(config.model_dump(mode="json"))
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Dotted paths whose values differ, as `path: a -> b`."""
+    left, right = flat(a), flat(b)
     keys = [k for k in {**left, **right} if left.get(k, "absent") != right.get(k, "absent")]
     return [f"{k}: {left.get(k, 'absent')} -> {right.get(k, 'absent')}" for k in keys]
 

@@ -40,9 +40,10 @@ from vidfuse.on_ray.standing import Heartbeat
 from vidfuse.on_ray.storage import StorageError, check_storage, exists, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
+from vidfuse.on_ray.waiting import Asked, Waiting
 from vidfuse.on_ray.weights import local
 from vidfuse.on_ray.worker import LoneWorker, RayWorker
-from vidfuse.train import plan
+from vidfuse.train import plan, tracking
 from vidfuse.train.checkpoint import STATE, State, check_matches
 from vidfuse.train.errors import CheckpointError, ModelError, RunError
 from vidfuse.train.loop import Result, run
@@ -102,7 +103,7 @@ def _draws(data: DataConfig, index: SplitIndex) -> Draws:
 
 
 def check(config: Config) -> PackedSet:
-    """Refuse, before long work, what cannot train: storage, packed set, model, weights, or another run of the same name.
+    """Refuse, before long work, what cannot train: storage, packed set, model, weights, MLflow, or another run of the same name.
 
     Returns:
         The opened packed set.
@@ -113,6 +114,7 @@ def check(config: Config) -> PackedSet:
     packed = open_set(config)
     check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0)
     check_storage(config.run.storage, write=True)
+    tracking.check(config.tracking)
     _check_frame_cache(config.data)
     folder = RunFolder.of(config.run)
     last, _ = folder.choose("last", (STATE,))
@@ -206,7 +208,7 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     room = resources(config)
     places = features_of(config, on_progress)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # it outlives other nodes
-    monitor = Monitor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    monitor = Monitor.options(scheduling_strategy=here).remote(config.run.name)  # type: ignore[attr-defined]
     told = {**facts, **_named(places)}
     settings = {"config": config.model_dump(mode="json"), "facts": told, "monitor": monitor, "features": places}
     settings["operations"] = operations(config, gpu=room.gpu)
@@ -215,11 +217,15 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
         _train_worker,
         train_loop_config=settings,
         reading_cpus=config.data.cpus_per_task,
+        monitor=monitor,
         **ray_settings(config, room, config.run.storage, config.run.name),
     )
+    log.info("%s: %s", config.run.name, room)
     board = Board("driver", run=config.run.name)
     board.set("world_size_wanted", room.most)
-    with contextlib.closing(board), _beating(config, on_progress) as hear, _following(monitor, hear, stop, board):
+    asked = Asked(room.least, config.cluster.cpus_per_worker, float(room.gpu))
+    waiting = Waiting(asked, lambda line: log.warning("%s %s", config.run.name, line))
+    with contextlib.closing(board), _beating(config, on_progress) as hear, _following(monitor, hear, stop, board, waiting):
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -240,7 +246,7 @@ def fit_alone(
 
     Raises:
         ConfigError: the stream has no room.
-        DataError, CheckpointError, ModelError: faults that another try does not mend.
+        DataError, CheckpointError, ModelError, RunError: faults that another try does not mend.
     """
     done = finished(config)
     if done is not None:
@@ -249,7 +255,8 @@ def fit_alone(
     places = features_of(config, on_progress)
     of_clip = operations(config, gpu=bool(ray.get_gpu_ids()))
     with _beating(config, on_progress) as hear:
-        worker = LoneWorker(config.run, hear, stop or threading.Event(), operations=of_clip)
+        asked = stop or threading.Event()
+        worker = LoneWorker(config.run, hear, asked, precision=config.train.precision, operations=of_clip)
         _train(config, worker, {**facts, **_named(places)}, places)
     return RunFolder.of(config.run).json("result.json") or {}
 
@@ -298,7 +305,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     stand_by()
     try:
         _train(config, worker, settings["facts"], settings["features"])
-    except DataError as error:  # the same on every rank, and no restart mends it: end the run in order
+    except (DataError, ConfigError) as error:  # the same on every rank, and no restart mends it: end the run in order
         ray.get(settings["monitor"].fault.remote(str(error)))
     except (CheckpointError, ModelError) as error:
         ray.get(settings["monitor"].fault.remote(str(error)))
@@ -337,8 +344,8 @@ def _beating(config: Config, on_progress: Progress) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def _following(monitor: Any, on_progress: Progress, stop: threading.Event, board: Board) -> Iterator[None]:
-    """Carry events from the monitor to `on_progress` and figures to `board`, and the wish to stop to the monitor, in the context."""
+def _following(monitor: Any, on_progress: Progress, stop: threading.Event, board: Board, waiting: Waiting) -> Iterator[None]:
+    """Carry events from the monitor to `on_progress`, figures to `board` and whether it waits to `waiting`, and the wish to stop back."""
     done = threading.Event()
     seen: dict[str, Any] = {"event": None, "warnings": 0, "judged": 0, "asked": False}
 
@@ -347,7 +354,9 @@ def _following(monitor: Any, on_progress: Progress, stop: threading.Event, board
             seen["asked"] = True
             ray.get(monitor.stop.remote(), timeout=5)
         asked = [monitor.latest.remote(), monitor.warnings.remote(), monitor.judged.remote(seen["judged"])]
-        event, warnings, judged, figures = ray.get([*asked, monitor.figures.remote()], timeout=5)
+        event, warnings, judged, figures, placing = ray.get(
+            [*asked, monitor.figures.remote(), monitor.placing.remote()], timeout=5
+        )
         for name, value in figures.items():
             board.set(name, value)
         for warning in warnings[seen["warnings"] :]:
@@ -358,6 +367,7 @@ def _following(monitor: Any, on_progress: Progress, stop: threading.Event, board
         if event and event != seen["event"] and "top1" not in event:
             on_progress(event)
         seen["event"] = event
+        waiting.look(placing)
 
     def follow() -> None:
         while not done.wait(POLL_SECONDS):
@@ -380,5 +390,8 @@ def _reason(monitor: Any, error: TrainingFailedError) -> str:
         fault = ray.get(monitor.fault.remote(), timeout=5)
         if fault:
             return str(fault)
+    failure = getattr(error, "controller_failure", None)
+    if isinstance(failure, RunError):  # in words for people already
+        return str(failure)
     causes: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
     return "; ".join(f"worker {rank}: {fault}" for rank, fault in causes.items()) or str(error)

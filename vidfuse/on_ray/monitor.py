@@ -10,6 +10,9 @@ from typing import Any
 
 import ray
 
+RUN = "run "
+"""What the name that a monitor shows in Ray's table of actors begins with."""
+
 
 class Tries:
     """The tries of a run, as its figures have them: starts of the workers, and what lies between.
@@ -58,9 +61,15 @@ class Tries:
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """Where a run and its driver meet: the newest progress event one way, the wish to stop the other."""
+    """Where a run and its driver meet: the newest progress event one way, the wish to stop the other.
 
-    def __init__(self) -> None:
+    Args:
+        name: of the run; other jobs see it in Ray's table of actors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._placing: tuple[str, float] | None = None
         self._event: dict[str, Any] = {}
         self._unheard: dict[str, Any] = {}
         self._stop = False
@@ -68,6 +77,20 @@ class Monitor:
         self._warnings: list[str] = []
         self._judged: list[dict[str, Any]] = []
         self._tries = Tries()
+
+    def __repr__(self) -> str:
+        return f"{RUN}{self._name}"
+
+    def place(self, controller: str | None) -> None:
+        """The controller of the workers (an actor's id) tries to place them; `None`: they run, or the run ends."""
+        if controller is None:
+            self._placing = None
+        elif self._placing is None or self._placing[0] != controller:
+            self._placing = (controller, time.time())
+
+    def placing(self) -> tuple[str, float] | None:
+        """The controller that tries to place workers, and for how many seconds."""
+        return None if self._placing is None else (self._placing[0], time.time() - self._placing[1])
 
     def tell(self, event: dict[str, Any]) -> bool:
         """A worker's event; answers whether the run is to stop."""

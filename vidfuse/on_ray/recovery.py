@@ -1,4 +1,4 @@
-"""What makes a run go on quickly after a node is gone.
+"""What makes a run go on quickly after a node is gone, and say at once why it cannot begin.
 
 Comes in: Ray Train's own ways. Goes out: the same with less waiting. Measured in tests/bench/README.md; what a cluster's own
 processes must find in their environment is `jobs.cli.RAY_SETTINGS`.
@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,6 +19,8 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+
+from vidfuse.on_ray import devices
 
 LOOK_SECONDS = 0.2
 """Between two looks at nodes of which one does not answer."""
@@ -28,18 +31,32 @@ log = logging.getLogger(__name__)
 
 
 class QuickTorchBackend(_TorchBackend):
-    """Ray's backend without the farewell.
+    """Ray's backend, with a look at GPUs before it begins, and without the farewell.
 
     Before it ends a group of workers, Ray asks each to leave the process group, and waits 30 seconds for one that is gone or
     hangs in a collective. All of them are killed right after that in any case.
     """
 
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Join the workers; on machines whose GPUs they cannot use, NCCL would fail in its own words.
+
+        Raises:
+            RunError: see `devices.hold`.
+        """
+        if worker_group.get_resources_per_worker().get("GPU", 0):
+            devices.hold(worker_group.execute(devices.look), backend_config.precision)
+        super().on_start(worker_group, backend_config)
+
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Nothing: the processes end."""
 
 
+@dataclass
 class QuickTorchConfig(TorchConfig):
     """`TorchConfig` with `QuickTorchBackend`."""
+
+    precision: str = "fp32"
+    """What the run computes in."""
 
     @property
     def backend_cls(self) -> type[QuickTorchBackend]:

@@ -19,6 +19,7 @@ from vidfuse.data.feed import BLOCKS_AT_ONCE
 from vidfuse.on_ray.recovery import QuickTorchConfig
 from vidfuse.on_ray.standby import environment
 from vidfuse.on_ray.storage import open_storage
+from vidfuse.on_ray.waiting import autoscaled
 
 WORKERS_WITHOUT_GPU = 2
 """Train workers where `cluster.workers` is null and the cluster has no GPU."""
@@ -35,6 +36,11 @@ class Resources:
     gpu: bool
     """Whether each worker has one."""
 
+    def __str__(self) -> str:
+        count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        device = "one GPU each" if self.gpu else "on CPUs, as no node of the cluster has a GPU that Ray knows of"
+        return f"{count} worker{'s' * (self.most > 1)}, {device}"
+
     @property
     def device(self) -> torch.device:
         """Kind of device of a worker."""
@@ -44,8 +50,10 @@ class Resources:
 def resources(config: Config) -> Resources:
     """How many workers, on what; Ray is initialised.
 
+    Of a cluster with an autoscaler nobody knows the bounds: workers that do not fit today are waited for, which `waiting` tells.
+
     Raises:
-        ConfigError: more workers than the cluster has room for, or a world size that cannot divide the global batch.
+        ConfigError: more workers than a cluster of a fixed size has room for, or a world size that cannot divide the global batch.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -55,14 +63,16 @@ def resources(config: Config) -> Resources:
     per_worker = config.cluster.cpus_per_worker
     room = sum(math.floor(node.get("CPU", 0) / per_worker + 1e-9) for node in nodes)
     room = min(room, gpus) if gpus else room
-    if least > room:
-        has = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs and {gpus} GPUs on {len(nodes)} nodes"
+    cpus, reading = sum(node.get("CPU", 0) for node in nodes), config.data.cpus_per_task
+    tight = least > room or cpus + 1e-9 < least * per_worker + reading
+    fixed = tight and not autoscaled()
+    if fixed and least > room:
+        has = f"{cpus:g} CPUs and {gpus} GPUs on {len(nodes)} nodes"
         raise ConfigError(
             f"cluster.workers: {least} workers with {per_worker:g} CPUs{' and 1 GPU' if gpus else ''} each do not fit: the cluster "
             f"has {has}, room for {room}; lower cluster.workers or cluster.cpus_per_worker, or add nodes"
         )
-    cpus, reading = sum(node.get("CPU", 0) for node in nodes), config.data.cpus_per_task
-    if cpus + 1e-9 < least * per_worker + reading:
+    if fixed:
         raise ConfigError(
             f"cluster.workers: {least} workers with {per_worker:g} CPUs each leave none of the cluster's {cpus:g} to read for them, "
             f"and a reading task takes data.cpus_per_task = {reading:g}; lower one of the three, or add nodes"
@@ -99,7 +109,7 @@ def ray_settings(config: Config, room: Resources, storage: str, name: str) -> di
     filesystem, root = open_storage(storage, write=True)
     workers = room.least if room.least == room.most else (room.least, room.most)
     return {
-        "torch_config": QuickTorchConfig(),
+        "torch_config": QuickTorchConfig(precision=config.train.precision),
         "scaling_config": ScalingConfig(
             num_workers=workers,
             use_gpu=room.gpu,

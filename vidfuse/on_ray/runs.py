@@ -24,6 +24,7 @@ from vidfuse.train.errors import Damage, DamageError
 from vidfuse.train.journal import JOURNAL
 from vidfuse.train.record import METRICS
 from vidfuse.train.shelf import Shelf, newest_good
+from vidfuse.train.tracking import KEPT
 
 SCORED = (STATE, WEIGHTS)
 """What scoring needs of a checkpoint."""
@@ -126,11 +127,12 @@ class RunFolder:
             return list(pool.map(lambda name: self.json(join(JOURNAL, name)) or {}, self.kept(JOURNAL)))
 
     def records(self, to: Path) -> None:
-        """Fetch the metrics of the run so far, for a run that continues."""
-        path = join(self.root, METRICS)
-        if exists(self.filesystem, path):
-            to.mkdir(parents=True, exist_ok=True)
-            (to / METRICS).write_bytes(read_bytes(self.filesystem, path))
+        """Fetch what a run that continues adds to: its metrics so far, and which MLflow run it is."""
+        for name in (METRICS, KEPT):
+            path = join(self.root, name)
+            if exists(self.filesystem, path):
+                to.mkdir(parents=True, exist_ok=True)
+                (to / name).write_bytes(read_bytes(self.filesystem, path))
 
     def weights(self, checkpoint: str, to: Path) -> Path:
         """Fetch what scoring needs of a checkpoint: its state and its weights, verified.

@@ -21,6 +21,7 @@ import torch
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from vidfuse.config import RunConfig
+from vidfuse.on_ray import devices
 from vidfuse.on_ray.metrics import Teller
 from vidfuse.on_ray.observe import Board, peak_of
 from vidfuse.on_ray.runs import RunFolder
@@ -65,7 +66,7 @@ class StoredRun:
         )
 
     def warn(self, message: str) -> None:
-        """Tell a person."""
+        """See `Worker`."""
         log.error("%s", message)
 
     @contextlib.contextmanager
@@ -132,12 +133,24 @@ class LoneWorker(StoredRun):
         run: of the run.
         on_progress: is given every progress event; what it raises ends the run.
         stop: set it to have the run end with a checkpoint.
+        precision: what it computes in.
         operations: of one clip in training.
+
+    Raises:
+        RunError: it was given a GPU that it cannot use.
     """
 
     def __init__(
-        self, run: RunConfig, on_progress: Progress, stop: threading.Event, *, operations: float | None = None
+        self,
+        run: RunConfig,
+        on_progress: Progress,
+        stop: threading.Event,
+        *,
+        precision: str = "fp32",
+        operations: float | None = None,
     ) -> None:
+        if ray.get_gpu_ids():
+            devices.hold([devices.look()], precision)
         init_process_group()
         device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
         super().__init__(run, rank=0, world_size=1, device=device, tellers=("driver",), operations=operations)
@@ -175,7 +188,7 @@ class RayWorker(StoredRun):
             ray.get(monitor.begin.remote(size))
 
     def warn(self, message: str) -> None:
-        """The driver does it."""
+        """See `Worker`; the driver does it."""
         self._monitor.warn.remote(message)
 
     def save(

@@ -36,3 +36,7 @@ class RunError(RuntimeError):
 
 class ModelError(RuntimeError):
     """A model that a worker cannot build, for one because its weights cannot be had there."""
+
+
+class EndedError(Exception):
+    """Who hears of a run's progress has ended it: a search, a trial that is weak. What it has stored stays."""

@@ -42,6 +42,7 @@ def run(config: Config, worker: Worker, feed: Feed, *, folder: Path, facts: Mapp
     Raises:
         CheckpointError: the run's checkpoints are of another config, set or backbone, or cannot be read.
         ModelError: the model cannot be built on this machine.
+        ConfigError: `tracking.mlflow` cannot be reached from rank 0's machine.
     """
     with Run(config, worker, feed, folder=folder, facts=facts) as training:
         for epoch in range(training.state.epoch, config.train.epochs):

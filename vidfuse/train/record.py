@@ -4,6 +4,7 @@
     run.json         git revision, versions, hardware, command, start
     metrics.jsonl    one JSON object a line: `kind` is train, validation, checkpoint or event
     tensorboard/     the same as events
+    mlflow.json      which MLflow run it is, where `tracking.mlflow` is set (tracking.py)
     result.json      figures of the finished run
     report.html      the same for reading
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -62,9 +63,8 @@ class Record:
         self.lines.append(line)
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in scalars(line):
+            self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Have everything noted so far in the files."""
@@ -85,6 +85,13 @@ class Record:
             facts=self.facts,
         )
         (self.folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line of metrics, as TensorBoard and MLflow name them: `kind/name`."""
+    for name, value in line.items():
+        if name not in ("kind", "step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{line['kind']}/{name}", value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, astuple
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vidfuse.config import Config
+from vidfuse.config import Config, ConfigError
 from vidfuse.data.batch import Batch, SampleError
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import Samples, steps_of
@@ -30,7 +31,7 @@ from vidfuse.train.average import Average
 from vidfuse.train.clock import Clock
 from vidfuse.train.due import Due
 from vidfuse.train.engine import Engine, begin_groups, build_engine, loss_scale, set_learning_rates
-from vidfuse.train.errors import CheckpointError, ModelError
+from vidfuse.train.errors import CheckpointError, EndedError, ModelError
 from vidfuse.train.journal import Journal
 from vidfuse.train.ledger import Ledger
 from vidfuse.train.loss import loss_of
@@ -39,6 +40,7 @@ from vidfuse.train.optim import Group, learning_rate, parameter_groups
 from vidfuse.train.record import Record
 from vidfuse.train.shelf import Found
 from vidfuse.train.step import StepResult
+from vidfuse.train.tracking import Tracker
 from vidfuse.train.validate import judged, score
 from vidfuse.train.worker import Worker
 
@@ -50,6 +52,8 @@ LAST_UNREADABLE = 3
 """Names of unreadable videos in a record."""
 SETTLE_SECONDS = 60.0
 """How long a run that ends by a fault waits for the checkpoint that is being stored."""
+PARTING_SECONDS = 3.0
+"""How long it then waits for MLflow."""
 
 
 class Run:
@@ -71,6 +75,8 @@ class Run:
         self._errors = dict.fromkeys(SampleError(*error) for error in self.state.unreadable)
         self._lost = torch.tensor(float(len(self._errors)), device=worker.device)
         self.record = Record(folder, config, facts, step=self.state.step) if worker.rank == 0 else None
+        self._tracker: Tracker | None = None
+        self._track()
         self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
         if self.journal is not None:
             self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
@@ -96,9 +102,12 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(CheckpointError):  # the run ended by another fault, which is the one to tell
             self.worker.close(at_most_seconds=SETTLE_SECONDS)
+        if self._tracker is not None:
+            ended = kind is not None and issubclass(kind, EndedError)
+            self._tracker.close("KILLED" if ended else "FAILED", at_most_seconds=PARTING_SECONDS)
         self.feed.close()
         self.engine.destroy()
 
@@ -266,6 +275,9 @@ class Run:
             values |= {"top1": self._scores.top1.value, "top5": self._scores.top5.value, "chance": self._scores.chance.best}
         self.record.finish(values, self._scores, sorted(astuple(error) for error in self._errors))
         self.worker.publish(self.record.folder)
+        if self._tracker is not None:
+            files = [self.record.folder / name for name in ("result.json", "report.html")]
+            self._tracker.close("KILLED" if how == "stopped" else "FINISHED", files)
         return values
 
     @property
@@ -310,6 +322,33 @@ class Run:
         checkpoint.discard(shards, found)
         state.world_size, state.config, state.git_revision = world.size, tree, revision
         return engine, state, origins
+
+    def _track(self) -> None:
+        """Have rank 0 write the run to MLflow, if it is to. All ranks call it.
+
+        Raises:
+            ConfigError: MLflow does not know the run and cannot be reached from rank 0's machine; the same on all ranks.
+        """
+        if self.config.tracking.mlflow is None:
+            return
+        fault = [""]
+        if self.record is not None:
+            place = {"manifest": self.state.manifest, "world size": str(self.worker.world_size)}
+            try:
+                self._tracker = Tracker(
+                    self.config,
+                    {**self.record.facts, **place},
+                    folder=self.record.folder,
+                    lines=self.record.lines,
+                    keep=self.worker.keep,
+                    warn=self.worker.warn,
+                )
+            except ConfigError as error:
+                fault = [f"{error} (asked by rank 0, on {platform.node()})"]
+        dist.broadcast_object_list(fault, src=0)
+        if fault[0]:
+            self.__exit__(ConfigError)
+            raise ConfigError(fault[0])
 
     def _model(self, state: checkpoint.State | None) -> tuple[Recognizer, dict[str, Any]]:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ from vidfuse.train.shelf import Found, Shelf
 
 PROGRESS = "progress.json"
 """File of a local run: its newest progress event."""
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Takes a progress event: epoch, epochs, step, steps, loss, clips_per_second, data_wait_fraction, eta_seconds ..."""
@@ -101,6 +104,10 @@ class Worker(Protocol):
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """Tell a person how far the run is (rank 0 alone calls it)."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Tell a person at once of what is wrong, though the run goes on. It never waits; any thread may call it."""
         ...
 
     def tell(self, figures: Mapping[str, float]) -> None:
@@ -190,6 +197,10 @@ class LocalWorker:
         write_json(self.folder / PROGRESS, event)
         if self._on_progress is not None:
             self._on_progress(event)
+
+    def warn(self, message: str) -> None:
+        """See `Worker`."""
+        log.error("%s", message)
 
     def tell(self, figures: Mapping[str, float]) -> None:
         """See `Worker`; of a local run nobody is told but through its records."""
