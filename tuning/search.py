@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,13 @@ class Search:
         folder = Path("searches") if "://" in self.url else Path(self.url)
         return folder / ("study.log" if "://" not in self.url else f"{self.name}.log")
 
+    @property
+    def grace_epochs(self) -> int:
+        """Epochs that each trial has before it may be ended."""
+        train = self.base.train
+        share = math.ceil(train.epochs / self.options.reduction)
+        return self.options.grace_epochs or min(max(share, train.validate_every_epochs), train.epochs)
+
     def config(self, values: Values) -> Config:
         """A trial's config.
 
@@ -99,7 +107,7 @@ def check(search: Search) -> None:
     Raises:
         ConfigError, DataError, StorageError, CheckpointError: one clear message.
     """
-    train, grace = search.base.train, search.options.grace_epochs
+    train, grace = search.base.train, search.grace_epochs
     if not train.validate_every_epochs <= grace <= train.epochs:
         raise ConfigError(
             f"--grace-epochs: {grace}; from train.validate_every_epochs = {train.validate_every_epochs} to train.epochs = {train.epochs} "
@@ -231,11 +239,11 @@ def _scheduler(search: Search) -> TrialScheduler:
     epochs = search.base.train.epochs
     if search.options.stopping == "asha":
         return ASHAScheduler(
-            time_attr=EPOCH, metric=METRIC, mode="max", max_t=epochs + 1, grace_period=search.options.grace_epochs,
+            time_attr=EPOCH, metric=METRIC, mode="max", max_t=epochs + 1, grace_period=search.grace_epochs,
             reduction_factor=search.options.reduction,
         )  # fmt: skip
     if search.options.stopping == "median":
-        return MedianStoppingRule(time_attr=EPOCH, metric=METRIC, mode="max", grace_period=search.options.grace_epochs)
+        return MedianStoppingRule(time_attr=EPOCH, metric=METRIC, mode="max", grace_period=search.grace_epochs)
     return FIFOScheduler()
 
 

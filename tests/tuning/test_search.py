@@ -190,7 +190,7 @@ def test_more_at_a_time_than_there_is_room_for_is_refused(base):
 
 
 def test_trials_are_judged_by_validation(base):
-    seldom = planned(override(base, ["train.validate_every_epochs=2"]), "seldom")
+    seldom = planned(override(base, ["train.validate_every_epochs=2"]), "seldom", grace_epochs=1)
     with pytest.raises(ConfigError, match=r"--grace-epochs: 1; from train.validate_every_epochs = 2 to train.epochs = 4"):
         search.check(seldom)
 

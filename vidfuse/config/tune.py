@@ -18,8 +18,9 @@ class SearchConfig(Section):
     """Who proposes values: Optuna's tree-structured Parzen estimator, Gaussian process, CMA-ES, or chance."""
     stopping: Literal["asha", "median", "none"] = "asha"
     """Which trials end early: at rungs of epochs all but the best share (ASHA), those below the median, none."""
-    grace_epochs: int = Field(1, ge=1)
-    """Epochs that each trial has before it may be ended."""
+    grace_epochs: int | None = Field(None, ge=1)
+    """Epochs that each trial has before it may be ended. null: `train.epochs` / `reduction`, rounded up, and a validation at least: what
+    learns late is not ended for having warmed up."""
     reduction: int = Field(3, ge=2)
     """Of so many trials one goes on at each of ASHA's rungs, which are this factor of epochs apart."""
     first: str = ""

@@ -80,6 +80,8 @@ class Run:
         self.journal = Journal(worker, self._shards) if worker.rank == 0 else None
         if self.journal is not None:
             self.journal.start(step=self.state.step, epoch=self.state.epoch, manifest=self.state.manifest, began=began)
+        if self.record is not None and not found.name:
+            self.worker.publish(self.record.folder)  # who looks for the run finds it before its first checkpoint
         self.clock = Clock()
         self._told, self._nonfinite = 0.0, 0
         self._scores: Scores | None = None
