@@ -58,3 +58,18 @@ def test_losses_that_are_not_finite_are_counted(tmp_path, monkeypatch):
     figures = [some for some in wild if "loss" in some]
     bad = sum(not math.isfinite(some["loss"]) for some in figures)
     assert bad and figures[-1]["nonfinite_losses_total"] == bad
+
+
+class Seen(Told):
+    """Notes what the run's folder holds when figures are told."""
+
+    def tell(self, figures):
+        super().tell({**figures, "stored": sorted(path.name for path in self.folder.glob("*.*"))})
+
+
+def test_a_run_is_found_before_its_first_checkpoint(tmp_path):
+    settings = config()
+    worker = Seen(tmp_path / "stored")
+    run(settings, worker, Feed(settings, packed(), World(1, 0, 8, 4), pull), folder=tmp_path / "records", facts={})
+    assert {"config.yaml", "run.json"} <= set(worker.figures[0]["stored"])
+    assert "checkpoints.json" not in worker.figures[0]["stored"]
