@@ -115,20 +115,19 @@ class FrameCache:
         part = path.with_suffix(f".{uuid.uuid4().hex}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._reserve(size)
-            try:
-                with part.open("xb") as file:
-                    file.write(_header(key, clip))
-                    file.write(clip.data.cast("B"))
+            self._reserve(part, size)
+            with part.open("r+b") as file:
+                file.write(_header(key, clip))
+                file.write(clip.data.cast("B"))
+            with _locked(self.root / "bytes"):  # who counts the entries would miss one that changes its name
                 part.replace(path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
         except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             self._warn("store", f"a clip cannot be kept in {self.folder}: {error.strerror or error}")
 
-    def _reserve(self, size: int) -> None:
-        """Count an entry that will be written, after room was made for it.
+    def _reserve(self, part: Path, size: int) -> None:
+        """Count an entry that will be written, after room was made for it; it is there at its size, for others that count.
 
         Raises:
             OSError: there is none.
@@ -140,6 +139,8 @@ class FrameCache:
                 held = self._shrunk(min(self.most_bytes * 9 // 10, self.most_bytes - size))
             if held + size > self.most_bytes:
                 raise OSError(errno.ENOSPC, f"{size:,} bytes do not fit into data.frame_cache_bytes={self.most_bytes:,}")
+            with part.open("xb") as entry:
+                entry.truncate(size)
             os.pwrite(file, b"%020d" % (held + size), 0)
 
     def _shrunk(self, bound: int) -> int:
