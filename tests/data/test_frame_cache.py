@@ -366,7 +366,7 @@ print(hits)
 def test_an_entry_that_is_not_written_yet_is_counted(tmp_path):
     cache = FrameCache(str(tmp_path), 4 * ENTRY)
     cache.store(key(0), clip_of(0))
-    cache._reserve(cache.path(key(1)).parent / "of-a-slow-writer.part", ENTRY)
+    cache._reserve(cache.path(key(0)).with_suffix(".of-a-slow-writer.part"), ENTRY)
     (cache.root / "bytes").unlink()
     for number in range(2, 8):
         cache.store(key(number), clip_of(number))
