@@ -59,7 +59,7 @@ def centre_box(height: int, width: int, *, crop: int = 0, crops: int = 1, mirror
 
 
 def crop_resize(frame: npt.NDArray[np.uint8], box: Box, size: int) -> npt.NDArray[np.uint8]:
-    """The part of a frame [H, W, 3] at [size, size, 3]: bilinear, or by area where it shrinks to half of its height or width or less.
+    """A part of a frame [H, W, 3] as [size, size, 3]: bilinear; by area where one side shrinks by half or more and none grows.
 
     Up to a half, each pixel of the part still counts in bilinear interpolation, which takes a sixth of the time (OpenCV's area is not
     vectorised for other than whole factors).
