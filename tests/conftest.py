@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -70,6 +71,24 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def full_for_a_while(ray_cluster, monkeypatch, caplog):
+    """Both CPUs of the cluster are reserved for 6 s; gives the lines that who waits meanwhile has logged."""
+    import ray
+
+    from vidfuse.on_ray import waiting
+
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 1.0)
+    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.5)
+    group = ray.util.placement_group([{"CPU": 2}])
+    ray.get(group.ready())
+    released = threading.Timer(6.0, ray.util.remove_placement_group, [group])
+    released.start()
+    with caplog.at_level(logging.WARNING, logger="vidfuse"):
+        yield lambda: [record.getMessage() for record in caplog.records if " room" in record.getMessage()]
+    released.join()
 
 
 @pytest.fixture(scope="module")

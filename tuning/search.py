@@ -39,6 +39,7 @@ from vidfuse.on_ray import fit
 from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.storage import StorageError, join, open_storage
+from vidfuse.on_ray.waiting import wait_for_room
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +230,7 @@ def run(search: Search, *, facts: Mapping[str, str], on_told: Callable[[str], No
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
         ),
     )  # fmt: skip
+    wait_for_room(resources(search.base).asked(search.base), search.name)
     with contextlib.closing(board):
         tuner.fit()
         board.put()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 
 import pyarrow.fs as pafs
 import pytest
-import ray
 from mlflow import MlflowClient
 
 from tests import support
 from vidfuse.config import from_mapping, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, read_manifest
-from vidfuse.on_ray import fit, waiting
+from vidfuse.on_ray import fit
 from vidfuse.on_ray.judge import judge, judge_together, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
@@ -121,24 +119,23 @@ def test_a_run_that_is_stopped_and_continues_is_one_mlflow_run(config, tmp_path)
     assert run.data.tags["vidfuse.world_size"] == "2"
     found = [(metric.step, metric.value) for metric in client.get_metric_history(kept, "train/loss")]
     assert found == list(enumerate(losses(config), start=1))
+    folder = RunFolder.of(config.run)
+    judgement = judge(folder, folder.config(), "last", facts={})
+    publish(judgement, folder, tmp_path)
+    [top1] = client.get_metric_history(kept, "evaluate/validation/top1")
+    steps = folder.json("result.json")["steps"]
+    assert (top1.step, top1.value) == (steps, judgement.scores.top1.value) and judgement.step == steps
+    pages = client.list_artifacts(kept, "evaluate/validation")
+    assert {page.path.rpartition("/")[2] for page in pages} == {"report.html", "result.json"}
 
 
-def test_a_run_that_finds_the_cluster_full_says_so_and_starts_when_it_is_not(config, monkeypatch, caplog):
-    monkeypatch.setattr(waiting, "FIRST_SECONDS", 1.0)
-    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.5)
-    config = override(config, ["run.name=patient", "train.epochs=1"])
-    group = ray.util.placement_group([{"CPU": 2}])
-    ray.get(group.ready())
-    released = threading.Timer(8.0, ray.util.remove_placement_group, [group])
-    released.start()
-    with caplog.at_level(logging.WARNING, logger="vidfuse"):
-        assert train(config)[0]["state"] == "finished"
-    released.join()
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("patient ")]
+def test_a_run_that_finds_the_cluster_full_says_so_and_starts_when_it_is_not(config, full_for_a_while):
+    assert train(override(config, ["run.name=patient", "train.epochs=1"]))[0]["state"] == "finished"
+    first, *_, last = full_for_a_while()
+    assert first.startswith("patient waits for room, ") and last == "patient there is room now"
     assert (
-        "waits for room, " in said[0] and "asked for are 2 workers of 0.5 CPUs; free are 0 CPUs of 2 CPUs on 1 node" in said[0]
+        "asked for are 2 workers of 0.5 CPUs; free are 0 CPUs of 2 CPUs on 1 node; held by others of this job: 2 CPUs" in first
     )
-    assert "held by others of this job: 2 CPUs" in said[0] and said[-1] == "patient there is room now: its workers run"
 
 
 def test_the_last_two_and_the_best_are_kept_and_no_other(whole):
@@ -246,6 +243,14 @@ def test_scoring_counts_every_video_and_writes_a_report(whole, tmp_path):
     single = judge(folder, folder.config(), "best", facts={})
     best = folder.checkpoints()
     assert single.scores.top1.value == best["scores"][best["best"]]  # one view is what validation saw
+
+
+def test_scoring_that_finds_the_cluster_full_says_so_and_begins_when_it_is_not(whole, full_for_a_while):
+    folder = RunFolder.at(join(whole[0].run.storage, "whole"))
+    assert judge(folder, folder.config(), "best", facts={}).scores.samples == VALIDATION
+    first, *_, last = full_for_a_while()
+    assert "this job waits for room, " in first and "asked for are 2 workers of 0.5 CPUs; free are 0 CPUs of 2" in first
+    assert last == "this job there is room now"
 
 
 def test_an_ensemble_with_mirrored_views_is_published_beside_its_first_run(whole, tmp_path):

@@ -17,6 +17,7 @@ from tests import support
 from vidfuse.config import ConfigError, override
 from vidfuse.on_ray import room, waiting
 from vidfuse.on_ray.monitor import Monitor
+from vidfuse.on_ray.tasks import run_tasks
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.waiting import Asked, Holder, Waiting, holders, line, machines, placed, refusals, why
 from vidfuse.presets import get
@@ -215,7 +216,7 @@ def test_it_is_said_after_a_while_when_it_changes_and_at_the_end(told):
     assert len(lines) == 3
     run.look(None)
     run.look(None)
-    assert lines[3:] == ["there is room now: its workers run"]
+    assert lines[3:] == ["there is room now"]
 
 
 def test_workers_whose_processes_start_are_not_said_to_wait(told):
@@ -272,6 +273,19 @@ def second(ray_cluster):
     yield holder
     holder.kill()
     holder.wait(20)
+
+
+@pytest.mark.ray
+def test_tasks_that_wait_for_a_full_cluster_say_so_and_then_run(full_for_a_while):
+    assert sorted(run_tasks(lambda unit: unit + 1, [(1,), (2,)])) == [(0, 2), (1, 3)]
+    first, *_, last = full_for_a_while()
+    assert first.startswith("this job waits for room, ") and last == "this job there is room now"
+    assert (
+        "asked for are 1 worker of 1 CPU; free are 0 CPUs of 2 CPUs on 1 node; held by others of this job: 2 CPUs; it starts by"
+        in first
+    )
+    left = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    assert not left, "the reservation is given back"
 
 
 @pytest.mark.ray

@@ -22,7 +22,7 @@ from vidfuse.train import tracking
 from vidfuse.train.errors import EndedError
 from vidfuse.train.loop import run
 from vidfuse.train.record import read_metrics, scalars
-from vidfuse.train.tracking import Tracker
+from vidfuse.train.tracking import Tracker, add_evaluation
 from vidfuse.train.worker import LocalWorker
 
 PASSWORD = "planted-password"
@@ -150,6 +150,42 @@ def test_what_a_killed_try_did_not_send_is_sent_by_the_next(tmp_path, monkeypatc
     [run] = runs(settings.tracking.mlflow)
     for name, values in recorded(tmp_path / "run").items():
         assert set(values) == set(history(settings.tracking.mlflow, run.info.run_id, name)), name
+
+
+def test_an_evaluation_is_added_to_its_run(tmp_path):
+    settings = config(f"sqlite:///{tmp_path}/mlflow.db")
+    train(settings, tmp_path / "run")
+    [run] = runs(settings.tracking.mlflow)
+    page = tmp_path / "report.html"
+    page.write_text("scores")
+    add_evaluation(
+        settings.tracking,
+        tmp_path / "run",
+        "evaluate/odd:split",
+        step=6,
+        scores={"top1": 0.5, "unreadable": 2},
+        artefacts=[page],
+    )
+    assert history(settings.tracking.mlflow, run.info.run_id, "evaluate/odd_split/top1") == [(6, 0.5)]
+    assert history(settings.tracking.mlflow, run.info.run_id, "evaluate/odd_split/unreadable") == [(6, 2.0)]
+    client = MlflowClient(tracking_uri=settings.tracking.mlflow)
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "evaluate/odd_split")] == [
+        "evaluate/odd_split/report.html"
+    ]
+
+
+def test_an_evaluation_of_a_run_that_mlflow_does_not_have_is_told(tmp_path, server):
+    (tmp_path / "run").mkdir()
+    for uri, reason in ((f"sqlite:///{tmp_path}/mlflow.db", "the run is not there"), (server.uri, "the run is not there")):
+        with pytest.raises(ConfigError, match=reason):
+            add_evaluation(
+                config(uri).tracking, tmp_path / "run", "evaluate/validation", step=1, scores={"top1": 1.0}, artefacts=[]
+            )
+    train(config(server.uri), tmp_path / "run")
+    server.stop()
+    with pytest.raises(ConfigError, match="it does not answer; is the server running"):
+        add_evaluation(config(server.uri).tracking, tmp_path / "run", "evaluate/x", step=1, scores={"top1": 1.0}, artefacts=[])
 
 
 def test_only_the_first_rank_writes(tmp_path):

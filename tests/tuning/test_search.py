@@ -92,6 +92,14 @@ def test_a_search_answers_with_a_page_a_config_and_settings(base):
     assert ended(search.run(wanted, facts={}, on_told=pytest.fail)) == trials  # nothing is left to do
 
 
+def test_a_search_that_finds_the_cluster_full_says_so_and_begins_when_it_is_not(base, full_for_a_while):
+    wanted = planned(override(base, ["train.epochs=1"]), "patient", trials=1)
+    assert len(ended(search.run(wanted, facts={}, on_told=lambda line: None))) == 1
+    first, *_, last = full_for_a_while()
+    assert first.startswith("patient-space waits for room, ") and "asked for are 1 worker of 0.5 CPUs; free are 0 CPUs" in first
+    assert last == "patient-space there is room now"
+
+
 @pytest.mark.parametrize(("sampler", "stopping"), [("gp", "median"), ("cmaes", "asha"), ("random", "none")])
 def test_each_sampler_and_way_of_stopping(base, sampler, stopping):
     wanted = planned(override(base, ["train.epochs=2"]), f"by-{sampler}", trials=4, sampler=sampler, stopping=stopping)

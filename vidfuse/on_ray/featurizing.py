@@ -47,6 +47,7 @@ from vidfuse.on_ray.features import Cache, find, shapes
 from vidfuse.on_ray.storage import StorageError, join, list_files, open_storage, read_bytes, told_when_full, write_bytes
 from vidfuse.on_ray.stream import RETRIES, ClipDatasource
 from vidfuse.on_ray.tasks import Progress
+from vidfuse.on_ray.waiting import Asked, wait_for_room
 from vidfuse.on_ray.weights import local
 from vidfuse.train.model import DTYPES, started
 
@@ -156,6 +157,7 @@ def _make(config: Config, packed: PackedSet, job: Job, todo: Sequence[int]) -> I
     gpus = int(cluster.get("GPU", 0))
     actors = gpus or max(1, int(cluster.get("CPU", 1)) // 2)
     block = PART_VIDEOS * reader.row_bytes
+    wait_for_room(Asked(1, 1.0, float(gpus > 0)))
     dataset = (
         ray.data.read_datasource(
             ClipDatasource(reader, parts, todo),

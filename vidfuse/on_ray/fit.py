@@ -40,7 +40,7 @@ from vidfuse.on_ray.standing import Heartbeat
 from vidfuse.on_ray.storage import StorageError, check_storage, exists, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
-from vidfuse.on_ray.waiting import Asked, Waiting
+from vidfuse.on_ray.waiting import Waiting
 from vidfuse.on_ray.weights import local
 from vidfuse.on_ray.worker import LoneWorker, RayWorker
 from vidfuse.train import plan, tracking
@@ -223,8 +223,7 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
     log.info("%s: %s", config.run.name, room)
     board = Board("driver", run=config.run.name)
     board.set("world_size_wanted", room.most)
-    asked = Asked(room.least, config.cluster.cpus_per_worker, float(room.gpu))
-    waiting = Waiting(asked, lambda line: log.warning("%s %s", config.run.name, line))
+    waiting = Waiting(room.asked(config), lambda line: log.warning("%s %s", config.run.name, line))
     with contextlib.closing(board), _beating(config, on_progress) as hear, _following(monitor, hear, stop, board, waiting):
         try:
             trainer.fit()

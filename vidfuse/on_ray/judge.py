@@ -6,12 +6,13 @@ Comes in: a run's folder and an evaluation config. Goes out: `evaluate/<split>/r
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vidfuse.config import Config
+from vidfuse.config import Config, ConfigError
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate.metrics import Scores
 from vidfuse.evaluate.report import report
@@ -21,7 +22,11 @@ from vidfuse.on_ray.score import score_run, split_of
 from vidfuse.on_ray.storage import join
 from vidfuse.train.errors import Damage
 from vidfuse.train.record import METRICS, read_metrics, surroundings
+from vidfuse.train.shelf import step_of
+from vidfuse.train.tracking import add_evaluation
 from vidfuse.train.validate import Scored, judged, together
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Judgement:
 
     config: Config
     checkpoint: str
+    step: int
+    """Of the checkpoint; of an ensemble the first run's."""
     scored: Scored
     scores: Scores
     in_manifest: int
@@ -97,7 +104,7 @@ def judge(folder: RunFolder, config: Config, which: str, *, facts: Mapping[str, 
     _tell(config, scores)
     samples = manifest.splits[split_of(config)].samples
     facts = {**facts, **surroundings(), "packed set": f"{manifest.dataset}, version {manifest.version}"}
-    return Judgement(config, checkpoint, scored, scores, samples, manifest.version, facts, damaged)
+    return Judgement(config, checkpoint, step_of(checkpoint), scored, scores, samples, manifest.version, facts, damaged)
 
 
 def _tell(config: Config, scores: Scores) -> None:
@@ -151,7 +158,7 @@ def folder_manifest(config: Config) -> Any:
 
 
 def publish(judgement: Judgement, folder: RunFolder, scratch: Path) -> str:
-    """Write the result and the report beside the run; returns their URL."""
+    """Write the result and the report beside the run, and to MLflow if the run is there; returns their URL."""
     folder.records(scratch)
     records = read_metrics(scratch / METRICS)
     page = report(
@@ -167,4 +174,23 @@ def publish(judgement: Judgement, folder: RunFolder, scratch: Path) -> str:
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / "result.json").write_text(json.dumps(judgement.result(), indent=1), encoding="utf-8")
     folder.put(out, judgement.below)
+    _track(judgement, scratch, [out / "result.json", out / "report.html"])
     return join(folder.url, judgement.below)
+
+
+def _track(judgement: Judgement, records: Path, pages: Sequence[Path]) -> None:
+    """Have MLflow know the scores; where it cannot, that is said, as they are on the run's storage."""
+    tracking, scores = judgement.config.tracking, judgement.scores
+    if tracking.mlflow is None:
+        return
+    figures = {
+        "top1": scores.top1.value,
+        "top5": scores.top5.value,
+        "mean_class_accuracy": scores.mean_class_accuracy.value,
+        "calibration_error": scores.calibration.ece,
+        "unreadable": scores.unreadable,
+    }
+    try:
+        add_evaluation(tracking, records, judgement.below, step=judgement.step, scores=figures, artefacts=pages)
+    except ConfigError as error:
+        log.warning("%s; the scores are not in MLflow", error)

@@ -19,7 +19,7 @@ from vidfuse.data.feed import BLOCKS_AT_ONCE
 from vidfuse.on_ray.recovery import QuickTorchConfig
 from vidfuse.on_ray.standby import environment
 from vidfuse.on_ray.storage import open_storage
-from vidfuse.on_ray.waiting import autoscaled
+from vidfuse.on_ray.waiting import Asked, autoscaled
 
 WORKERS_WITHOUT_GPU = 2
 """Train workers where `cluster.workers` is null and the cluster has no GPU."""
@@ -45,6 +45,10 @@ class Resources:
     def device(self) -> torch.device:
         """Kind of device of a worker."""
         return torch.device("cuda" if self.gpu else "cpu")
+
+    def asked(self, config: Config) -> Asked:
+        """What has to be free for it to begin."""
+        return Asked(self.least, config.cluster.cpus_per_worker, float(self.gpu))
 
 
 def resources(config: Config) -> Resources:

@@ -31,6 +31,7 @@ from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
+from vidfuse.on_ray.waiting import wait_for_room
 from vidfuse.on_ray.weights import local
 from vidfuse.train.checkpoint import load_weights, read_state
 from vidfuse.train.errors import RunError
@@ -62,6 +63,7 @@ def score_run(folder: RunFolder, config: Config, checkpoint: str) -> Scored:
     trainer = Trainer(
         _score_worker, train_loop_config=settings, **ray_settings(config, room, folder.url, join("evaluate", split))
     )
+    wait_for_room(room.asked(config))
     try:
         trainer.fit()
     except TrainingFailedError as error:

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from vidfuse.data.shards import DataError
+from vidfuse.on_ray.waiting import Asked, wait_for_room
 
 _CANCEL_SECONDS = 10.0
 
@@ -74,6 +75,7 @@ def run_tasks(
         ValueError: raised by the function, as it was raised there.
         DataError: an error of a file or of the network, in words.
     """
+    wait_for_room(Asked(1, 1.0, 0.0))
     task = ray.remote(num_cpus=1, max_retries=3)(function)
     limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     pending: dict[Any, int] = {}

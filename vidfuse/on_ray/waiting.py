@@ -1,8 +1,8 @@
-"""A run that waits for room on its cluster says so: what it asks for, what is free, who has the rest, what the autoscaler is at.
+"""What waits for room on its cluster says so: what it asks for, what is free, who has the rest, what the autoscaler is at.
 
 Comes in: the control store's tables of placement groups, actors and jobs, and the autoscaler's report in it (Ray 2.60, autoscaler v2).
-Goes out: one line for people, now and then, for as long as the run waits. It never fails, and neither does the run: it starts when there is
-room.
+Goes out: one line for people, now and then, for as long as it waits. It never fails, and neither does what waits: it starts when there is
+room. A run's workers are placed by Ray Train, which tells how far it is; other jobs ask for a reservation first (`wait_for_room`).
 
 What the control store does not have: which normal tasks hold what (they are told as one sum), and why AWS refuses a machine, of which Ray
 2.60 reports that it was refused alone. That is in the autoscaler's log, which is read where the driver is on the head, as submitted jobs are.
@@ -22,11 +22,12 @@ import ray
 from ray._private.state import state
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, GetClusterStatusReply
 from ray.core.generated.gcs_pb2 import ActorTableData, JobTableData, PlacementGroupTableData
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from vidfuse.on_ray.monitor import RUN
 
 FIRST_SECONDS = 30.0
-"""How long a run is waited for before it is told that it waits."""
+"""How long something waits before it is told."""
 LOOK_SECONDS = 10.0
 """Between two looks at who has what."""
 AGAIN_SECONDS = 600.0
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """What a run asks for at least."""
+    """What is asked for at least."""
 
     workers: int
     cpus: float
@@ -82,10 +83,10 @@ class Holder:
 
 
 class Waiting:
-    """Tells of one run that it waits.
+    """Tells of one run, or one job, that it waits.
 
     Args:
-        asked: by the run.
+        asked: by it.
         tell: is given each line.
     """
 
@@ -93,17 +94,17 @@ class Waiting:
         self._asked, self._tell = asked, tell
         self._said, self._said_at, self._looked = "", 0.0, 0.0
 
-    def look(self, placing: tuple[str, float] | None) -> None:
+    def look(self, placing: tuple[str | None, float] | None) -> None:
         """Look whether there is something to tell. It never raises and takes some seconds at most.
 
         Args:
-            placing: controller of the run's workers (an actor's id, hexadecimal) and for how many seconds it has tried to place them;
-                `None`: they run.
+            placing: controller of a run's workers (an actor's id, hexadecimal; a job without one: `None`) and for how many seconds it has
+                tried to place them; `None`: they have their room.
         """
         now = time.monotonic()
         if placing is None:
             if self._said:
-                self._tell("there is room now: its workers run")
+                self._tell("there is room now")
             self._said = ""
             return
         controller, seconds = placing
@@ -120,11 +121,31 @@ class Waiting:
             self._tell(f"waits for room, {seconds:.0f} s by now: {found}; it starts by itself when there is room")
 
 
-def why(asked: Asked, controller: str) -> str | None:
+def wait_for_room(asked: Asked, who: str = "this job") -> None:
+    """Wait until the cluster has room, and say so if that takes long; Ray is initialised.
+
+    A reservation is asked for, for which an autoscaler brings machines, and given back at once to what comes then.
+
+    Args:
+        asked: by what comes then.
+        who: waits, in words.
+    """
+    waiting = Waiting(asked, lambda line: log.warning("%s %s", who, line))
+    began = time.monotonic()
+    group = placement_group([asked.bundle] * asked.workers)
+    try:
+        while not group.wait(timeout_seconds=1):
+            waiting.look((None, time.monotonic() - began))
+        waiting.look(None)
+    finally:
+        remove_placement_group(group)
+
+
+def why(asked: Asked, controller: str | None) -> str | None:
     """Why workers are not placed; `None`: they are, and their processes start. Ray is initialised."""
     accessor = state._connect_and_get_accessor()
     groups = [PlacementGroupTableData.FromString(row) for row in accessor.get_placement_group_table()]
-    if placed(groups, controller):
+    if controller is not None and placed(groups, controller):
         return None
     actors = [ActorTableData.FromString(row) for row in accessor.get_actor_table(None, None)]
     jobs = accessor.get_job_table(skip_submission_job_info_field=True, skip_is_running_tasks_field=True)

@@ -313,6 +313,11 @@ def number_of(name: str) -> int:
     return int(parts[2]) if len(parts) == 4 and parts[2].isdigit() else -1
 
 
+def step_of(name: str) -> int:
+    """A checkpoint's step."""
+    return int(name.split("-")[1])
+
+
 def patiently(action: Callable[[], T]) -> T:
     """Do something with the storage, again and again while it does not answer, for `RETRY_SECONDS` at most.
 

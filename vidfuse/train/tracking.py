@@ -68,6 +68,40 @@ def check(tracking: TrackingConfig) -> None:
         _in_time(uri, lambda: _experiment(_client(uri), tracking))
 
 
+def add_evaluation(
+    tracking: TrackingConfig, folder: Path, name: str, *, step: int, scores: Mapping[str, float], artefacts: Iterable[Path]
+) -> None:
+    """Add a checkpoint's scores to the MLflow run that a run is, as metrics `name/score`, and its pages below the artefact folder `name`.
+
+    Args:
+        tracking: of the run; `mlflow` is set.
+        folder: with the run's records.
+        name: of the evaluation, with `/` as its folders have it.
+        step: of the checkpoint.
+        scores: by name.
+        artefacts: files to keep with it.
+
+    Raises:
+        ConfigError: the run is not in that MLflow, or it does not answer: one line with what to do.
+    """
+    assert tracking.mlflow is not None
+    uri = tracking.mlflow
+
+    def add() -> None:
+        from mlflow.entities import Metric
+
+        client, known = _client(uri), _kept(folder / KEPT, uri)
+        if known is None or _found(client, known) is None:
+            raise ConfigError("the run is not there: it was trained without, or deleted")
+        now = round(1000 * time.time())
+        prefix = _mended(name)
+        client.log_batch(known, metrics=[Metric(f"{prefix}/{score}", value, now, step) for score, value in scores.items()])
+        for path in artefacts:
+            client.log_artifact(known, str(path), artifact_path=prefix)
+
+    _in_time(uri, add)
+
+
 class Tracker:
     """Writes one run to MLflow, from rank 0.
 
@@ -210,7 +244,7 @@ def params_of(config: Config) -> list[tuple[str, str]]:
 
 def tags_of(config: Config, facts: Mapping[str, str]) -> list[tuple[str, str]]:
     """Facts as tags `vidfuse.<fact>`, and the commit where MLflow looks for it."""
-    tags = {f"vidfuse.{re.sub(r'[^A-Za-z0-9._/-]+', '_', name)}": value for name, value in facts.items()}
+    tags = {f"vidfuse.{_mended(name)}": value for name, value in facts.items()}
     tags["vidfuse.run"] = f"{config.run.storage.rstrip('/')}/{config.run.name}"
     if "git_revision" in facts:
         tags["mlflow.source.git.commit"] = facts["git_revision"]
@@ -233,6 +267,11 @@ def explain(error: BaseException) -> str:
     if re.search(r"Max retries exceeded|Connection(Error| refused| aborted| reset)|timed out|NameResolution", said):
         return "it does not answer; is the server running, is the address right?"
     return f"{type(error).__name__}: {said[:200]}"
+
+
+def _mended(name: str) -> str:
+    """A name of which MLflow takes every character."""
+    return re.sub(r"[^A-Za-z0-9._/-]+", "_", name)
 
 
 def _client(uri: str) -> Any:
