@@ -18,7 +18,7 @@ from vidfuse.data.sampling import World
 from vidfuse.models.recognizer import frozen_digest
 from vidfuse.on_ray.storage import open_storage
 from vidfuse.train import checkpoint
-from vidfuse.train.engine import build_engine
+from vidfuse.train.engine import build_engine, end_engine
 from vidfuse.train.keeper import Keeper
 from vidfuse.train.loss import cross_entropy
 from vidfuse.train.model import model_of
@@ -81,7 +81,7 @@ def test_a_checkpoint_stands_in_the_way_for_its_disk_only(s3, tmp_path):
         keeper.settle()
         rows.append((stall, save(wait=True)))
     keeper.close(at_most_seconds=60)
-    engine.destroy()
+    end_engine(engine)
     ratios = [ours / waited for ours, waited in rows]
     print(
         f"\ncheckpoint of {size / 1e6:.0f} MB: stall {median(r[0] for r in rows):.2f} s, waited for {median(r[1] for r in rows):.2f} s"

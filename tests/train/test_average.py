@@ -18,7 +18,7 @@ from vidfuse.data.sampling import World
 from vidfuse.models.recognizer import frozen_digest, trainable_state
 from vidfuse.train.average import Average, decay_at
 from vidfuse.train.checkpoint import load_weights
-from vidfuse.train.engine import build_engine, masters
+from vidfuse.train.engine import build_engine, end_engine, masters
 from vidfuse.train.errors import CheckpointError
 from vidfuse.train.model import model_of
 from vidfuse.train.optim import learning_rate, parameter_groups
@@ -211,7 +211,9 @@ def test_showing_swaps_and_restores_bit_for_bit(stage, precision, tmp_path):
         torch.testing.assert_close(b, 1.2 * a)
         torch.testing.assert_close(c, 1.5 * a, rtol=0, atol=0)
     assert torch.equal(moved[1], after[1]) and not torch.equal(shown[1], moved[1]) and not torch.equal(shown[1], first[1])
-    engine.destroy()
+    assert (F.linear is torch._C._nn.linear) == (stage < 3)
+    end_engine(engine)
+    assert F.linear is torch._C._nn.linear, "what comes next in this process finds PyTorch's own"
 
 
 def test_decay_is_timms():

@@ -25,6 +25,8 @@ from vidfuse.train.optim import Groups, adamw
 
 Engine: TypeAlias = Any
 """`deepspeed.DeepSpeedEngine`, which has no types."""
+_LINEAR = F.linear
+"""PyTorch's; ZeRO-3 puts one of its own in its place and leaves it there."""
 
 
 def build_engine(
@@ -58,6 +60,12 @@ def build_engine(
     settings = engine_config(train, world) | ({"checkpoint": {"load_universal": True}} if universal else {})
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+def end_engine(engine: Engine) -> None:
+    """Let go of what an engine holds; what this process trains next finds PyTorch as it was."""
+    engine.destroy()
+    F.linear = _LINEAR
 
 
 def engine_config(train: TrainConfig, world: World) -> dict[str, Any]:

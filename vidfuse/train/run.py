@@ -30,7 +30,7 @@ from vidfuse.train import checkpoint
 from vidfuse.train.average import Average
 from vidfuse.train.clock import Clock
 from vidfuse.train.due import Due
-from vidfuse.train.engine import Engine, begin_groups, build_engine, loss_scale, set_learning_rates
+from vidfuse.train.engine import Engine, begin_groups, build_engine, end_engine, loss_scale, set_learning_rates
 from vidfuse.train.errors import CheckpointError, EndedError, ModelError
 from vidfuse.train.journal import Journal
 from vidfuse.train.ledger import Ledger
@@ -111,7 +111,7 @@ class Run:
             ended = kind is not None and issubclass(kind, EndedError)
             self._tracker.close("KILLED" if ended else "FAILED", at_most_seconds=PARTING_SECONDS)
         self.feed.close()
-        self.engine.destroy()
+        end_engine(self.engine)
 
     # What the loop asks around a step.
 
