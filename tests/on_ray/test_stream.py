@@ -75,8 +75,8 @@ def test_streams_end_inside_of_epochs_and_lose_nothing(packed, workers, monkeypa
     """Pieces of an epoch and of several, in the order of one long stream."""
     order = {}
     for first, others in ((512, 2048), (1, 3)):
-        monkeypatch.setattr("vidfuse.data.feed.FIRST_PARTS", first)
-        monkeypatch.setattr("vidfuse.data.feed.PARTS_AT_ONCE", others)
+        monkeypatch.setattr("vidfuse.data.relay.FIRST_PARTS", first)
+        monkeypatch.setattr("vidfuse.data.relay.PARTS_AT_ONCE", others)
         feeds = [feed_of(packed, workers, rank, decoder="pyav") for rank in range(workers)]
         order[first] = [
             batch.samples.tolist()

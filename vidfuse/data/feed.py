@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -29,17 +28,12 @@ from vidfuse.data.clips import ClipReader, Columns, Part, column_of, parts_of
 from vidfuse.data.draws import Draws, Uses
 from vidfuse.data.features import FeatureSet
 from vidfuse.data.flips import mirrored_classes
+from vidfuse.data.relay import Pull, relay
 from vidfuse.data.sampling import Samples, World, epoch_order, rank_rows, steps_of
 from vidfuse.data.shards import Manifest, SplitIndex
 
-Pull = Callable[[ClipReader, Sequence[Part], int], Iterator[Columns]]
-"""(reader, parts, rows) -> columns of `rows` rows each, in the order of the parts; the last may be shorter."""
-
 BLOCKS_AT_ONCE = 8
 """Blocks that a worker's share of `data.buffer_bytes` must hold: some being made, some waiting, some being used."""
-FIRST_PARTS, PARTS_AT_ONCE = 512, 2048
-"""Parts of the first stream of a run, and of those after it: several short epochs, or a piece of a long one, so that what plans and
-tasks hold does not grow with the set. A stream starts in 0.6 s and 0.8 ms a part (2 cores, Ray 2.60); a recovery waits for the first."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,8 @@ class Feed:
         per_part = self._videos_per_part(reader, micro_batch, views=reader.views(None))
         world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
         mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
-        parts = list(parts_of(index, mine, per_part, epoch=None))
-        return (_batch(columns, reader) for columns in self._pull(reader, parts, micro_batch))
+        parts = parts_of(index, mine, per_part, epoch=None)
+        return (_batch(columns, reader) for columns in relay(self._pull, reader, iter(parts), micro_batch))
 
     def close(self) -> None:
         """Let go of a stream that is not read to its end."""
@@ -114,12 +108,8 @@ class Feed:
         views = self.config.data.repeats
         rows = self.world.micro_batch * views
         parts = self._parts(epoch, left, self._videos_per_part(reader, rows, views=views))
-        for most in chain((FIRST_PARTS,), repeat(PARTS_AT_ONCE)):
-            some = list(islice(parts, most))
-            if not some:
-                return
-            for columns in self._pull(reader, some, rows):
-                yield _batch(columns, reader)
+        for columns in relay(self._pull, reader, parts, rows):
+            yield _batch(columns, reader)
 
     def _parts(self, epoch: int, left: Samples, per_part: int) -> Iterator[Part]:
         """What is left of an epoch, and all that follow."""

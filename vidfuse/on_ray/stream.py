@@ -114,7 +114,7 @@ def pull_through_ray(
 
     Each block carries its own costs to the worker: reading tasks tell nobody else, so that no call is made for it.
     """
-    share = data.buffer_bytes // workers
+    share = data.buffer_bytes // workers  # of two streams: one that is being used up, and the next one
 
     def pull(reader: ClipReader, parts: Sequence[Part], rows: int) -> Iterator[Columns]:
         if not parts:
@@ -123,7 +123,7 @@ def pull_through_ray(
         block, name = max(reader.rows(part) for part in parts) * reader.row_bytes, uuid.uuid4().hex
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
-            concurrency=min(max(share // (3 * block), 2), len(parts)),
+            concurrency=min(max(share // (4 * block), 2), len(parts)),
             override_num_blocks=len(parts),
             num_cpus=data.cpus_per_task,
             runtime_env=of_tasks(),
@@ -135,7 +135,7 @@ def pull_through_ray(
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
         context.set_config(QUEUE, name)
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 4, 2 * block))
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 5, 2 * block))
         if board is not None:
             _boards[name] = board
         try:
