@@ -147,6 +147,18 @@ def test_a_buffer_too_small(ray_cluster):
         room.resources(override(get("demo"), ["data.buffer_bytes=1000"]))
 
 
+def test_a_buffer_that_keeps_cpus_from_reading_is_told():
+    ours = override(get("ssv2_cross_attention"), ["cluster.cpus_per_worker=2", "train.micro_batch=1"])
+    large = {"CPU": 8 * 26.0, "GPU": 8.0, "object_store_memory": 300e9}
+    said = room.reading(ours, 8, large)
+    assert "data.buffer_bytes = 4,294,967,296 lets 32 of the 192 CPUs read" in said
+    needed = int(said.rpartition("=")[2])
+    assert room.reading(override(ours, [f"data.buffer_bytes={needed}"]), 8, large) is None
+    assert room.reading(override(ours, [f"data.buffer_bytes={needed // 2}"]), 8, large) is not None
+    assert room.reading(ours, 8, large | {"CPU": 8 * 6.0}) is None, "32 read"
+    assert room.reading(ours, 8, large | {"object_store_memory": 8e9}) is None, "there is room for no more"
+
+
 def test_weights_of_another_architecture(tmp_path):
     import torch
 

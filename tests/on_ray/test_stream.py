@@ -18,6 +18,7 @@ from vidfuse.config import DataConfig, from_mapping
 from vidfuse.data.clips import ClipReader, parts_of
 from vidfuse.data.feed import Feed, PackedSet, read_here
 from vidfuse.data.layouts import read_layout
+from vidfuse.data.relay import relay
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import read_index, read_manifest
 from vidfuse.on_ray.packing import pack, prepare
@@ -180,8 +181,14 @@ def plasma_mib() -> float:
     return float(found[1])
 
 
-def test_memory_is_bounded_with_four_times_as_much_data(packed):
-    """A slow worker: what waits in the object store stays within `buffer_bytes`, though four times as much is to come."""
+@pytest.mark.parametrize("parts_at_once", [1000, 30])
+def test_memory_is_bounded_with_four_times_as_much_data(packed, monkeypatch, parts_at_once):
+    """A slow worker: what waits in the object store stays within `buffer_bytes`, though four times as much is to come.
+
+    Also where streams follow each other, and two of them hold blocks for half of the time.
+    """
+    for name in ("FIRST_PARTS", "PARTS_AT_ONCE"):
+        monkeypatch.setattr(f"vidfuse.data.relay.{name}", parts_at_once)
     data = DataConfig(
         classes=3, frames=16, size=112, block_bytes=4 * 2**20, buffer_bytes=32 * 2**20, cpus_per_task=0.5, prefetch_batches=1
     )
@@ -190,7 +197,7 @@ def test_memory_is_bounded_with_four_times_as_much_data(packed):
     parts = list(parts_of(packed.indices["train"], samples, 2, epoch=0))
     assert sum(len(p.videos) for p in parts) * reader.row_bytes > 4 * data.buffer_bytes
     before, most, rows = plasma_mib(), 0.0, 0
-    for columns in pull_through_ray(data, workers=1)(reader, parts, 2):
+    for columns in relay(pull_through_ray(data, workers=1), reader, iter(parts), 2):
         rows += len(columns["sample"])
         time.sleep(0.05)
         most = max(most, plasma_mib() - before)

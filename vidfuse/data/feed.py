@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vidfuse.config import Config
+from vidfuse.config import Config, DataConfig
 from vidfuse.data.batch import Batch, Features, SampleError
 from vidfuse.data.clips import ClipReader, Columns, Part, column_of, parts_of
 from vidfuse.data.draws import Draws, Uses
@@ -34,6 +34,16 @@ from vidfuse.data.shards import Manifest, SplitIndex
 
 BLOCKS_AT_ONCE = 8
 """Blocks that a worker's share of `data.buffer_bytes` must hold: some being made, some waiting, some being used."""
+BYTES_PER_TASK = 4
+"""Bytes of the buffer for each byte that a reading task makes."""
+
+
+def tasks_at_once(data: DataConfig, workers: int, block: int) -> int:
+    """Reading tasks that run at a time for one of `workers` workers, each making a block of so many bytes.
+
+    Half of a worker's share of the buffer is one stream's, since the next one starts before it is used up; half of that is being made.
+    """
+    return max(data.buffer_bytes // workers // (BYTES_PER_TASK * block), 2)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from vidfuse.on_ray.featurizing import compute
 from vidfuse.on_ray.monitor import Monitor
 from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.recovery import keep_statistics_here
-from vidfuse.on_ray.room import check_buffer, ray_settings, resources
+from vidfuse.on_ray.room import check_buffer, ray_settings, reading, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.standby import stand_by
 from vidfuse.on_ray.standing import Heartbeat
@@ -221,6 +221,9 @@ def fit(config: Config, *, facts: Mapping[str, str], on_progress: Progress, stop
         **ray_settings(config, room, config.run.storage, config.run.name),
     )
     log.info("%s: %s", config.run.name, room)
+    limited = reading(config, room.most, ray.cluster_resources())
+    if limited is not None:
+        log.info("%s: %s", config.run.name, limited)
     board = Board("driver", run=config.run.name)
     board.set("world_size_wanted", room.most)
     waiting = Waiting(room.asked(config), lambda line: log.warning("%s %s", config.run.name, line))

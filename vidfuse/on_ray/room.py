@@ -6,6 +6,7 @@ Comes in: a config; Ray is initialised. Goes out: `Resources`, or a refusal that
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 
 from vidfuse.config import Config, ConfigError
-from vidfuse.data.feed import BLOCKS_AT_ONCE
+from vidfuse.data.feed import BLOCKS_AT_ONCE, BYTES_PER_TASK, tasks_at_once
 from vidfuse.on_ray.recovery import QuickTorchConfig
 from vidfuse.on_ray.standby import environment
 from vidfuse.on_ray.storage import open_storage
@@ -106,6 +107,30 @@ def check_buffer(config: Config, workers: int) -> None:
             f"{data.frames} x {data.size} x {data.size}: at least {needed:,} are needed; raise it, or lower train.micro_batch or "
             "data.repeats"
         )
+
+
+def reading(config: Config, workers: int, cluster: Mapping[str, float]) -> str | None:
+    """In words, that the buffer keeps CPUs from reading; `None`: it does not, or the object stores have room for no more.
+
+    Args:
+        config: of the run.
+        workers: that it has.
+        cluster: resources of all nodes.
+    """
+    data = config.data
+    clip = data.frames * data.size**2 * 3
+    least = config.train.micro_batch * data.repeats * clip
+    block = max(min(data.block_bytes, data.buffer_bytes // workers // BLOCKS_AT_ONCE), least)
+    idle = cluster.get("CPU", 0.0) - workers * config.cluster.cpus_per_worker
+    used = workers * tasks_at_once(data, workers, block) * data.cpus_per_task
+    tasks, whole = math.ceil(idle / data.cpus_per_task / workers), max(data.block_bytes, least)
+    needed = min(tasks * workers * BYTES_PER_TASK * whole, int(cluster.get("object_store_memory", 0.0) / 2))
+    if used >= idle or needed <= data.buffer_bytes:
+        return None
+    return (
+        f"data.buffer_bytes = {data.buffer_bytes:,} lets {used:g} of the {idle:g} CPUs read that workers leave; if steps wait for "
+        f"clips, --set data.buffer_bytes={needed}"
+    )
 
 
 def ray_settings(config: Config, room: Resources, storage: str, name: str) -> dict[str, Any]:

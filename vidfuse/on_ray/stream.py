@@ -34,6 +34,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from vidfuse.config import DataConfig
 from vidfuse.data.clips import COSTS, ClipReader, Columns, Part
+from vidfuse.data.feed import tasks_at_once
 from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.standby import of_tasks
 
@@ -123,7 +124,7 @@ def pull_through_ray(
         block, name = max(reader.rows(part) for part in parts) * reader.row_bytes, uuid.uuid4().hex
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts),
-            concurrency=min(max(share // (4 * block), 2), len(parts)),
+            concurrency=min(tasks_at_once(data, workers, block), len(parts)),
             override_num_blocks=len(parts),
             num_cpus=data.cpus_per_task,
             runtime_env=of_tasks(),
