@@ -94,20 +94,20 @@ def test_submit_stop_and_continue(cluster, s3, tmp_path):
         "data.size=32",
         "train.global_batch=8",
         "train.micro_batch=4",
-        "train.epochs=40",
+        "train.epochs=200",
         "train.validate_every_epochs=5",
         "train.checkpoint_every_steps=5",
     ]
     from vidfuse.on_ray.runs import RunFolder
 
     submit(cluster, "first", *settings)
-    wait(cluster, "first", "epoch 1/40")
+    wait(cluster, "first", "epoch 5/200")  # validated, of which there is always a line
     call(RAY, "job", "stop", "first", env=cluster)
     folder = RunFolder.at(f"{runs}/demo")
     assert folder.json("result.json")["state"] == "stopped"  # in order, not merely ended
     stopped = folder.state(folder.checkpoints()["last"])
-    assert 0 < stopped.step < 240
-    shorter = [word.replace("train.epochs=40", f"train.epochs={stopped.epoch + 2}") for word in settings]
+    assert 0 < stopped.step < 1200
+    shorter = [word.replace("train.epochs=200", f"train.epochs={stopped.epoch + 2}") for word in settings]
     submit(cluster, "second", *shorter)
     wait(cluster, "second", "finished after")
     result = folder.json("result.json")
