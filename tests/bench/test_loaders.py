@@ -104,8 +104,8 @@ def loader_of(shards: list[str], decode: str, sampling: str) -> Any:
     )
 
 
-def written(folder: Path, transcode: TranscodeConfig | None) -> str:
-    """The videos in shards, in a folder."""
+def written(folder: Path, transcode: TranscodeConfig | None, url: str | None = None) -> str:
+    """The videos in shards; where they are, by default in the folder."""
     videos = folder / "videos"
     if not videos.exists():
         for name in ("a", "b"):
@@ -113,7 +113,7 @@ def written(folder: Path, transcode: TranscodeConfig | None) -> str:
         kinds = [support.make_video(45, suffix="webm", width=432, height=240, seed=seed) for seed in range(12)]
         for number in range(VIDEOS):
             (videos / "train" / "ab"[number % 2] / f"{number}.webm").write_bytes(kinds[number % len(kinds)])
-    url = str(folder / ("transcoded" if transcode else "as-is"))
+    url = url or str(folder / ("transcoded" if transcode else "as-is"))
     pack(prepare(read_layout(videos, "tree"), videos, url, 3_000_000, transcode))
     return url
 
