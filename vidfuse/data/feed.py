@@ -38,6 +38,11 @@ BYTES_PER_TASK = 4
 """Bytes of the buffer for each byte that a reading task makes."""
 
 
+def block_bytes(data: DataConfig, workers: int) -> int:
+    """Bytes of a block, if a micro batch has no more; the share of each of `workers` workers has room for several."""
+    return min(data.block_bytes, data.buffer_bytes // workers // BLOCKS_AT_ONCE)
+
+
 def tasks_at_once(data: DataConfig, workers: int, block: int) -> int:
     """Reading tasks that run at a time for one of `workers` workers, each making a block of so many bytes.
 
@@ -150,8 +155,7 @@ class Feed:
     def _videos_per_part(self, reader: ClipReader, batch_rows: int, *, views: int) -> int:
         """As many videos as a block holds, in whole micro batches; a worker's share of the buffer has room for several blocks."""
         data = self.config.data
-        block = min(data.block_bytes, data.buffer_bytes // self.world.size // BLOCKS_AT_ONCE)
-        rows = max(block // reader.row_bytes, 1)
+        rows = max(block_bytes(data, self.world.size) // reader.row_bytes, 1)
         step = batch_rows // math.gcd(batch_rows, views)
         return max(rows // (step * views), 1) * step
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
 
 from vidfuse.data.clips import ClipReader, Columns, Part
@@ -24,7 +24,6 @@ FIRST_PARTS, PARTS_AT_ONCE = 512, 2048
 """Parts of the first stream, for which a recovery waits, and of those after it."""
 AHEAD_SECONDS = 8.0
 """How long before a stream is used up, at the pace it is used at, the next one starts; in its second half at the soonest."""
-
 PARTING_SECONDS = 5.0
 """How long a stream that is being started is waited for when nobody wants it any more."""
 
@@ -37,7 +36,8 @@ class _Stream:
     rows: int
     """In all."""
     used: int = 0
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0
+    """When it was first asked for columns."""
 
     def ends_soon(self) -> bool:
         """Whether the next one has to start now."""

@@ -16,7 +16,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 
 from vidfuse.config import Config, ConfigError
-from vidfuse.data.feed import BLOCKS_AT_ONCE, BYTES_PER_TASK, tasks_at_once
+from vidfuse.data.feed import BLOCKS_AT_ONCE, BYTES_PER_TASK, block_bytes, tasks_at_once
 from vidfuse.on_ray.recovery import QuickTorchConfig
 from vidfuse.on_ray.standby import environment
 from vidfuse.on_ray.storage import open_storage
@@ -120,7 +120,7 @@ def reading(config: Config, workers: int, cluster: Mapping[str, float]) -> str |
     data = config.data
     clip = data.frames * data.size**2 * 3
     least = config.train.micro_batch * data.repeats * clip
-    block = max(min(data.block_bytes, data.buffer_bytes // workers // BLOCKS_AT_ONCE), least)
+    block = max(block_bytes(data, workers), least)
     idle = cluster.get("CPU", 0.0) - workers * config.cluster.cpus_per_worker
     used = workers * tasks_at_once(data, workers, block) * data.cpus_per_task
     tasks, whole = math.ceil(idle / data.cpus_per_task / workers), max(data.block_bytes, least)
