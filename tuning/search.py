@@ -109,10 +109,11 @@ def check(search: Search) -> None:
         ConfigError, DataError, StorageError, CheckpointError: one clear message.
     """
     train, grace = search.base.train, search.grace_epochs
-    if not train.validate_every_epochs <= grace <= train.epochs:
+    least = min(train.validate_every_epochs, train.epochs)  # the last epoch is always validated
+    if not least <= grace <= train.epochs:
         raise ConfigError(
-            f"--grace-epochs: {grace}; from train.validate_every_epochs = {train.validate_every_epochs} to train.epochs = {train.epochs} "
-            "are possible: trials are judged by validation"
+            f"--grace-epochs: {grace}; from train.validate_every_epochs = {least} to train.epochs = {train.epochs} are possible: "
+            "trials are judged by validation"
         )
     fit.check(search.base)
     firsts(search)

@@ -203,6 +203,13 @@ def test_trials_are_judged_by_validation(base):
         search.check(seldom)
 
 
+def test_trials_that_validate_at_their_end_alone_are_all_judged(base):
+    wanted = planned(override(base, ["train.validate_every_epochs=5", "train.epochs=2"]), "once", trials=2)
+    search.check(wanted)
+    trials = ended(search.run(wanted, facts={}, on_told=lambda line: None))
+    assert [t.user_attrs[EPOCHS] for t in trials] == [2, 2] and all(t.values[0] > 0 for t in trials)
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_loses_nothing(base, tmp_path):
     """`kill -9` of the driver while trials run; the same command finishes those and the rest."""
