@@ -1,7 +1,8 @@
 """Clips a second through S3 -> Ray Data -> one worker, against a bare loop over tarfile and the decoder on the same cores.
 
 Both decode the same videos to as many frames of the same size, epochs in a row as in training; both have started and given an epoch
-before the clock does. Videos as SSv2 has them (432 x 240, 45 frames, VP9), and as `jobs.pack --transcode` makes them. They run in turn,
+before the clock does. The S3 server runs on the same cores, as it does nowhere else: a second ratio is of the processor time that it
+leaves. Videos as SSv2 has them (432 x 240, 45 frames, VP9), and as `jobs.pack --transcode` makes them. They run in turn,
 several times, in one session: the median of the ratios is what counts, not the seconds.
 Run by `make bench`; the figures go into README.md beside this file by hand, with hardware and commit.
 """
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.bench.test_loaders import written
@@ -31,7 +33,7 @@ from vidfuse.on_ray.storage import open_storage
 from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray, pytest.mark.s3]
-EPOCHS, FRAMES, SIZE, REPEATS, CORES = 4, 16, 224, 3, os.cpu_count() or 2
+EPOCHS, FRAMES, SIZE, REPEATS, CORES = 8, 16, 224, 3, os.cpu_count() or 2
 GOAL, HELD = 0.9, {"as they are": 0.75, "transcoded": 0.55}
 """What was aimed at, and what holds: see README.md beside this file."""
 
@@ -72,19 +74,23 @@ def test_the_stream_is_near_the_decoder(s3, ray_cluster, tmp_path_factory, form)
 
     videos = len(packed.indices["train"])
 
-    def stream() -> float:
+    def server_seconds() -> float:
+        return sum(psutil.Process(s3.pid).cpu_times()[:2])
+
+    def stream() -> tuple[float, float]:
+        """Clips a second, and the share of the cores' time that the server takes."""
         feed = Feed(config, packed, World(1, 0, 8, 8), pull_through_ray(config.data, workers=1))
 
         def clips(epoch: int) -> int:
             return sum(int((batch.samples >= 0).sum()) for (batch,) in feed.train(epoch, feed.order(epoch)))
 
         assert clips(0) == videos
-        start = time.monotonic()
+        start, server = time.monotonic(), server_seconds()
         rows = sum(clips(epoch) for epoch in range(1, EPOCHS + 1))
-        seconds = time.monotonic() - start
+        seconds, server = time.monotonic() - start, server_seconds() - server
         feed.close()
         assert rows == videos * EPOCHS
-        return rows / seconds
+        return rows / seconds, server / (seconds * CORES)
 
     with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
 
@@ -96,9 +102,11 @@ def test_the_stream_is_near_the_decoder(s3, ray_cluster, tmp_path_factory, form)
 
         limit()  # processes start, libraries load
         pairs = [(stream(), limit()) for _ in range(REPEATS)]
-    ratios = [a / b for a, b in pairs]
+    ratios, without = [a / b for (a, _), b in pairs], [a / (1 - server) / b for (a, server), b in pairs]
     print(
-        f"\n{form}: stream {[f'{a:.1f}' for a, _ in pairs]} clips/s, bare {[f'{b:.1f}' for _, b in pairs]} clips/s on {CORES} cores"
+        f"\n{form}: stream {[f'{a:.1f}' for (a, _), _ in pairs]} clips/s, bare {[f'{b:.1f}' for _, b in pairs]} clips/s on {CORES} "
+        f"cores; the server takes {statistics.median(server for (_, server), _ in pairs):.1%} of them"
     )
-    print(f"ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}; goal {GOAL}")
+    for name, all_of in (("ratio", ratios), ("of the time that the server leaves", without)):
+        print(f"{name}: median {statistics.median(all_of):.3f}, {min(all_of):.3f} to {max(all_of):.3f}; goal {GOAL}")
     assert statistics.median(ratios) >= HELD[form]

@@ -23,7 +23,7 @@ from vidfuse.data.sampling import World
 from vidfuse.data.shards import read_index, read_manifest
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import open_storage
-from vidfuse.on_ray.stream import pull_through_ray
+from vidfuse.on_ray.stream import FAILED, ClipDatasource, pull_through_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 TRAIN, VALIDATION = 29, 13  # divided by nothing
@@ -171,6 +171,73 @@ def test_a_reading_task_that_fails_is_tried_again(packed, tmp_path):
     got = [columns["sample"] for columns in pull_through_ray(config.data, workers=1)(reader, parts, 4)]
     assert np.concatenate(got).tolist() == list(range(8))
     assert sorted(len(mark.read_bytes()) for mark in tmp_path.iterdir()) == [3, 3]
+
+
+@dataclass(frozen=True)
+class Losing(ClipReader):
+    """Its first reading of the part that begins with sample 2 fails."""
+
+    mark: str = ""
+
+    def read(self, part):
+        if part.videos[0].sample == 2 and not Path(self.mark).exists():
+            Path(self.mark).touch()
+            raise OSError("the storage went away")
+        return super().read(part)
+
+
+def datasource_of(reader: ClipReader, parts, block: int, **fields):
+    """The dataset of some parts, and its blocks as lists of samples and of failed readings."""
+    dataset = ray.data.read_datasource(ClipDatasource(reader, parts, **fields), override_num_blocks=len(parts), num_cpus=0.5)
+    dataset.context.target_max_block_size, dataset.context.execution_options.preserve_order = block - 1, True
+    dataset.context.retried_map_errors, dataset.context.max_map_retries = True, 2
+    dataset.context.enable_progress_bars = False
+    tables = [ray.get(ref) for bundle in dataset.iter_internal_ref_bundles() for ref in bundle.block_refs]
+    return [table["sample"].to_pylist() for table in tables], [sum(table[FAILED].to_pylist()) for table in tables]
+
+
+def test_a_task_of_several_parts_gives_a_block_of_each(packed):
+    config = feed_of(packed, 1, 0).config
+    reader = ClipReader(packed.filesystem, packed.root, config.data, 0)
+    index = packed.indices["train"]
+    parts = [*parts_of(index, np.arange(5), 2, epoch=0), *parts_of(index, np.arange(5, 10), 2, epoch=1)]
+    source = ClipDatasource(reader, parts, size=4, short=1)
+    assert [task.metadata.num_rows for task in source.get_read_tasks(1)] == [2, 3, 5]  # a short part ends its task
+    blocks, _ = datasource_of(reader, parts, 2 * reader.row_bytes, size=4, short=1)
+    assert blocks == [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9]]
+
+
+def test_a_task_that_fails_at_a_later_part_gives_each_block_once_and_says_so(packed, tmp_path):
+    config = feed_of(packed, 1, 0).config
+    reader = Losing(packed.filesystem, packed.root, config.data, 0, mark=str(tmp_path / "mark"))
+    parts = list(parts_of(packed.indices["train"], np.arange(6), 2, epoch=0))
+    blocks, failed = datasource_of(reader, parts, 2 * reader.row_bytes, size=3)
+    assert (tmp_path / "mark").exists()
+    assert blocks == [[0, 1], [2, 3], [4, 5]] and failed == [0, 1, 0]
+
+
+def test_tasks_are_long_where_a_stream_and_its_buffer_are(packed, monkeypatch):
+    """Two CPUs run four tasks; the first of a stream are short, and a short stream or a buffer for few blocks shortens the others."""
+    sizes: list[int] = []
+    tasks = ClipDatasource._tasks
+
+    def seen(self):
+        some = list(tasks(self))
+        sizes[:] = [len(parts) for parts in some]
+        return iter(some)
+
+    monkeypatch.setattr(ClipDatasource, "_tasks", seen)
+    samples = np.concatenate([np.arange(TRAIN)] * 3)[:84]
+    for buffer_bytes, count, expected in (
+        (4 * 2**20, 84, [1] * 4 + [4] * 20),
+        (4 * 2**20, 36, [1] * 4 + [2] * 16),
+        (2**18, 36, [1] * 36),
+    ):
+        data = feed_of(packed, 1, 0, buffer_bytes=buffer_bytes).config.data
+        reader = ClipReader(packed.filesystem, packed.root, data, 0)
+        parts = list(parts_of(packed.indices["train"], samples[:count], 1, epoch=0))
+        got = [columns["sample"] for columns in pull_through_ray(data, workers=1)(reader, parts, 1)]
+        assert np.concatenate(got).tolist() == samples[:count].tolist() and sizes == expected
 
 
 def plasma_mib() -> float:

@@ -3,7 +3,8 @@
 Comes in: a `ClipReader` and the parts that this rank uses, in order. Goes out: blocks of exactly the rows asked for (the last may
 be shorter). Every worker has a stream of its own over its own parts: what a rank reads is decided by the plan
 (`data.sampling`), never by who is faster, so nothing is dropped, repeated or dealt out unevenly. Decoding runs as Ray tasks on
-any node with free CPUs.
+any node with free CPUs. A task reads one part after another and gives a block of each: where the buffer has room for it several, since
+Ray Data looks for tasks that have ended only every 0.1 s, in which CPUs idle.
 
 Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store: each has its
 share, of which Ray Data is told to fill a quarter with blocks that are made or wait; the rest is for what Ray overshoots (its bound is a
@@ -15,9 +16,10 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import Any
 
 import numpy as np
@@ -42,15 +44,19 @@ RETRIES = 5
 """Of a reading task whose storage fails for longer than `ClipReader` tries; one whose process is killed is started again by Ray."""
 PAUSE_SECONDS = 0.05
 """How long Ray Data's control loop rests when it can do nothing until the worker takes a block."""
+PARTS_PER_TASK = 4
+"""Most parts that one task reads. With one part of 8 clips in each, 2 cores idled for 19 % of their time between tasks (tests/bench)."""
+TASKS_PER_CPU = 4
+"""Tasks in a stream, at least, for each that can run at a time: so that the last ones do not keep a worker waiting."""
 FAILED = "failed"
-"""Column of how many reading tasks had failed before the one of a block."""
+"""Column of how many readings of a block's part had failed before."""
 QUEUE = "vidfuse.queue"
 """Name of a stream in its context, which travels to tasks, as its board cannot."""
 
 _boards: dict[str, Board] = {}
 """Of this process' streams, by name."""
-_failed: list[str] = []
-"""Reading tasks of this process that the storage has failed since its last block."""
+_failed: Counter[Part] = Counter()
+"""Readings by this process that the storage has failed, by part, until the part's block carries them away."""
 
 
 class Rest(BackpressurePolicy):
@@ -76,12 +82,16 @@ class Rest(BackpressurePolicy):
 
 @dataclass
 class ClipDatasource(Datasource):
-    """Ray Data's view of a plan: one read task and one block a part."""
+    """Ray Data's view of a plan: read tasks that give one block a part."""
 
     reader: ClipReader
     parts: Sequence[Part]
     numbers: Sequence[int] = ()
     """If given: of the parts, which rows carry in a column `part`."""
+    size: int = 1
+    """Parts of a task."""
+    short: int = 0
+    """Tasks at the start that read one part: whoever waits for the first ones would be fed by one process."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -97,14 +107,26 @@ class ClipDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
     ) -> list[ReadTask]:
-        """One task a part, whatever `parallelism` says: a block must hold whole micro batches."""
+        """Tasks of whole parts, whatever `parallelism` says: a block must hold whole micro batches."""
         return [
-            ReadTask(_Read(self.reader, part, number), self._metadata(part), per_task_row_limit=per_task_row_limit)
-            for part, number in zip_longest(self.parts, self.numbers)
+            ReadTask(_Read(self.reader, tuple(some)), self._metadata(some), per_task_row_limit=per_task_row_limit)
+            for some in self._tasks()
         ]
 
-    def _metadata(self, part: Part) -> BlockMetadata:
-        rows = self.reader.rows(part)
+    def _tasks(self) -> Iterator[list[tuple[Part, int | None]]]:
+        """Parts and their numbers, by task. A short part is its task's last: Ray Data would join its block with the next one."""
+        sizes, some = chain(repeat(1, self.short), repeat(self.size)), list[tuple[Part, int | None]]()
+        size = next(sizes)
+        for part, number in zip_longest(self.parts, self.numbers):
+            some.append((part, number))
+            if len(some) == size or len(part.videos) < len(some[0][0].videos):
+                yield some
+                some, size = [], next(sizes)
+        if some:
+            yield some
+
+    def _metadata(self, some: Sequence[tuple[Part, int | None]]) -> BlockMetadata:
+        rows = sum(self.reader.rows(part) for part, _ in some)
         return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.row_bytes, input_files=None, exec_stats=None)
 
 
@@ -122,9 +144,11 @@ def pull_through_ray(
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         block, name = max(reader.rows(part) for part in parts) * reader.row_bytes, uuid.uuid4().hex
+        at_once, running = tasks_at_once(data, workers, block), _running(data, workers)
+        size = max(min(PARTS_PER_TASK, at_once // running, len(parts) // (TASKS_PER_CPU * running)), 1)
         dataset = ray.data.read_datasource(
-            ClipDatasource(reader, parts),
-            concurrency=min(tasks_at_once(data, workers, block), len(parts)),
+            ClipDatasource(reader, parts, size=size, short=running),
+            concurrency=min(max(at_once // size, 2), len(parts)),
             override_num_blocks=len(parts),
             num_cpus=data.cpus_per_task,
             runtime_env=of_tasks(),
@@ -132,7 +156,9 @@ def pull_through_ray(
         context = dataset.context
         context.enable_progress_bars = False
         context.retried_map_errors, context.max_map_retries = True, RETRIES
-        context.target_max_block_size = max(context.target_max_block_size or 0, 2 * block)
+        context.target_max_block_size = (
+            block - 1
+        )  # a block that is larger is given at once, and cut if it has half as much again
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
         context.set_config(QUEUE, name)
         context.execution_options.preserve_order = True
@@ -151,6 +177,11 @@ def pull_through_ray(
     return pull
 
 
+def _running(data: DataConfig, workers: int) -> int:
+    """Reading tasks of one of `workers` workers that the cluster's CPUs run at a time, at most."""
+    return max(int(ray.cluster_resources().get("CPU", 0.0) / data.cpus_per_task / workers), 1)
+
+
 def _tell(board: Board, columns: Columns, costs: Columns, *, views: int) -> None:
     """Note what the rows of a batch have cost."""
     seconds = costs["seconds"]
@@ -166,23 +197,25 @@ class _Read:
     """What a read task does. A class of this module: a function made here would travel with its code, milliseconds a task."""
 
     reader: ClipReader
-    part: Part
-    number: int | None = None
+    some: tuple[tuple[Part, int | None], ...]
 
     def __call__(self) -> Iterator[Block]:
+        """Ray Data begins anew where one of them fails, and leaves out the blocks that it has."""
+        return (self._block(part, number) for part, number in self.some)
+
+    def _block(self, part: Part, number: int | None) -> Block:
         try:
-            columns = self.reader.read(self.part)
-        except OSError as error:
-            _failed.append(str(error))
+            columns = self.reader.read(part)
+        except OSError:
+            _failed[part] += 1
             raise
         columns[FAILED] = np.zeros(len(columns["sample"]), np.int64)
-        columns[FAILED][0] = len(_failed)
-        _failed.clear()
-        if self.number is not None:
-            columns["part"] = np.full(len(columns["sample"]), self.number, np.int64)
+        columns[FAILED][0] = _failed.pop(part, 0) if _failed else 0
+        if number is not None:
+            columns["part"] = np.full(len(columns["sample"]), number, np.int64)
         errors = pa.array(np.asarray(columns.pop("error"), object), pa.string())
         arrays = {
             name: ArrowTensorArray.from_numpy(values) if values.ndim > 1 else pa.array(values)
             for name, values in columns.items()
         }
-        yield pa.table({**arrays, "error": errors})
+        return pa.table({**arrays, "error": errors})
