@@ -34,8 +34,8 @@ from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray, pytest.mark.s3]
 EPOCHS, FRAMES, SIZE, REPEATS, CORES = 8, 16, 224, 3, os.cpu_count() or 2
-GOAL, HELD = 0.9, {"as they are": 0.75, "transcoded": 0.55}
-"""What was aimed at, and what holds: see README.md beside this file."""
+GOAL, HELD = 0.9, {"as they are": 0.8, "transcoded": 0.7}
+"""What was aimed at, and what holds of the time that the server leaves: see README.md beside this file."""
 
 
 def bare(shards: list[bytes]) -> int:
@@ -109,4 +109,4 @@ def test_the_stream_is_near_the_decoder(s3, ray_cluster, tmp_path_factory, form)
     )
     for name, all_of in (("ratio", ratios), ("of the time that the server leaves", without)):
         print(f"{name}: median {statistics.median(all_of):.3f}, {min(all_of):.3f} to {max(all_of):.3f}; goal {GOAL}")
-    assert statistics.median(ratios) >= HELD[form]
+    assert statistics.median(without) >= HELD[form]

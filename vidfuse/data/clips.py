@@ -1,4 +1,4 @@
-"""Videos of shards to clips: what one reading task does.
+"""Videos of shards to clips: what a reading task does with each of its parts.
 
 Comes in: a `Part` (which videos, for which epoch) and a file system. Goes out: columns of rows, a row being one view of one
 sample: in training one of its `data.repeats`, in testing one of its temporal and spatial views. A row is a clip, cached tokens of
@@ -88,7 +88,7 @@ class Fetched(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What one reading task reads: videos in the order of use; `None` is padding."""
+    """What becomes one block: videos in the order of use; `None` is padding."""
 
     epoch: int | None
     """Epoch whose random draws hold; `None`: testing, nothing is random."""
