@@ -201,8 +201,9 @@ def test_a_task_of_several_parts_gives_a_block_of_each(packed):
     reader = ClipReader(packed.filesystem, packed.root, config.data, 0)
     index = packed.indices["train"]
     parts = [*parts_of(index, np.arange(5), 2, epoch=0), *parts_of(index, np.arange(5, 10), 2, epoch=1)]
-    source = ClipDatasource(reader, parts, size=4, short=1)
-    assert [task.metadata.num_rows for task in source.get_read_tasks(1)] == [2, 3, 5]  # a short part ends its task
+    for size, short, rows in ((4, 1, [2, 3, 5]), (2, 0, [4, 1, 4, 1])):  # a short part ends its task
+        tasks = ClipDatasource(reader, parts, size=size, short=short).get_read_tasks(1)
+        assert [task.metadata.num_rows for task in tasks] == rows
     blocks, _ = datasource_of(reader, parts, 2 * reader.row_bytes, size=4, short=1)
     assert blocks == [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9]]
 

@@ -109,24 +109,24 @@ class ClipDatasource(Datasource):
     ) -> list[ReadTask]:
         """Tasks of whole parts, whatever `parallelism` says: a block must hold whole micro batches."""
         return [
-            ReadTask(_Read(self.reader, tuple(some)), self._metadata(some), per_task_row_limit=per_task_row_limit)
-            for some in self._tasks()
+            ReadTask(_Read(self.reader, tuple(numbered)), self._metadata(numbered), per_task_row_limit=per_task_row_limit)
+            for numbered in self._tasks()
         ]
 
     def _tasks(self) -> Iterator[list[tuple[Part, int | None]]]:
         """Parts and their numbers, by task. A short part is its task's last: Ray Data would join its block with the next one."""
-        sizes, some = chain(repeat(1, self.short), repeat(self.size)), list[tuple[Part, int | None]]()
-        size = next(sizes)
+        sizes, numbered = chain(repeat(1, self.short), repeat(self.size)), list[tuple[Part, int | None]]()
+        size, whole = next(sizes), max((len(part.videos) for part in self.parts), default=0)
         for part, number in zip_longest(self.parts, self.numbers):
-            some.append((part, number))
-            if len(some) == size or len(part.videos) < len(some[0][0].videos):
-                yield some
-                some, size = [], next(sizes)
-        if some:
-            yield some
+            numbered.append((part, number))
+            if len(numbered) == size or len(part.videos) < whole:
+                yield numbered
+                numbered, size = [], next(sizes)
+        if numbered:
+            yield numbered
 
-    def _metadata(self, some: Sequence[tuple[Part, int | None]]) -> BlockMetadata:
-        rows = sum(self.reader.rows(part) for part, _ in some)
+    def _metadata(self, numbered: Sequence[tuple[Part, int | None]]) -> BlockMetadata:
+        rows = sum(self.reader.rows(part) for part, _ in numbered)
         return BlockMetadata(num_rows=rows, size_bytes=rows * self.reader.row_bytes, input_files=None, exec_stats=None)
 
 
@@ -156,9 +156,8 @@ def pull_through_ray(
         context = dataset.context
         context.enable_progress_bars = False
         context.retried_map_errors, context.max_map_retries = True, RETRIES
-        context.target_max_block_size = (
-            block - 1
-        )  # a block that is larger is given at once, and cut if it has half as much again
+        # what is larger is given at once, as a block: that of each part is, since it has other columns, too
+        context.target_max_block_size = block - 1
         context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
         context.set_config(QUEUE, name)
         context.execution_options.preserve_order = True
@@ -197,11 +196,11 @@ class _Read:
     """What a read task does. A class of this module: a function made here would travel with its code, milliseconds a task."""
 
     reader: ClipReader
-    some: tuple[tuple[Part, int | None], ...]
+    numbered: tuple[tuple[Part, int | None], ...]
 
     def __call__(self) -> Iterator[Block]:
         """Ray Data begins anew where one of them fails, and leaves out the blocks that it has."""
-        return (self._block(part, number) for part, number in self.some)
+        return (self._block(part, number) for part, number in self.numbered)
 
     def _block(self, part: Part, number: int | None) -> Block:
         try:
