@@ -8,11 +8,14 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from tests.support import make_video, shared_data, shown_index
+from vidfuse.config import TranscodeConfig
 from vidfuse.data import decode
 from vidfuse.data.decode import DECODERS, DecodeError, decode_frames, probe
+from vidfuse.data.transcode import into_form
 
 SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov")
 B_FRAMES = {"bf": "3", "g": "12"}
@@ -45,6 +48,56 @@ def test_probe_counts_what_is_there(decoder, suffix):
     assert (info.frames, info.width, info.height) == (31, 128, 96)
     assert info.fps == pytest.approx(15, rel=0.02)
     assert info.duration == pytest.approx(31 / 15, abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_decoding_starts_no_threads(suffix):
+    video, threads = make_video(20, suffix=suffix), psutil.Process().num_threads
+    before = threads()
+    assert {threads() for _ in decode_frames(video, range(20))} == {before}, "videos are what is decoded in parallel"
+
+
+def _webm(codec: str, *frames: int) -> bytes:
+    """A track for each number of frames; each shows grey levels of its own."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="webm") as container:
+        for track in range(len(frames)):
+            stream = container.add_stream(codec, rate=12)
+            stream.width, stream.height, stream.pix_fmt = 64 * (track + 1), 48, "yuv420p"
+        for track, stream in enumerate(container.streams):
+            for index in range(frames[track]):
+                picture = np.full((48, stream.width, 3), 20 + 60 * track + 7 * index, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("video", "tried"),
+    [
+        pytest.param(lambda: make_video(40, suffix="webm"), [False], id="vp9"),
+        pytest.param(lambda: _webm("libvpx", 12), [False], id="vp8"),
+        pytest.param(lambda: _webm("libsvtav1", 12), [False], id="av1"),
+        pytest.param(lambda: _webm("libvpx-vp9", 3, 12), [False, True], id="two tracks"),
+        pytest.param(lambda: into_form(make_video(40, suffix="avi"), TranscodeConfig())[0], [False], id="transcoded"),
+        pytest.param(lambda: make_video(40, suffix="mkv"), [True], id="h264"),
+    ],
+)
+def test_files_that_tell_the_order_of_frames_are_opened_without_decoding(monkeypatch, video, tried):
+    content, opened, opens = video(), [], av.open
+    frames = probe(content).frames
+
+    def spy(*args, **options):
+        opened.append(options.get("options") != decode._UNPROBED)
+        return opens(*args, **options)
+
+    monkeypatch.setattr(decode.av, "open", spy)
+    found = dict(decode_frames(content, range(frames)))
+    assert opened == tried
+    monkeypatch.setattr(decode, "_tells_its_order", lambda _: False)
+    expected = dict(decode_frames(content, range(frames)))
+    assert list(found) == list(expected) == list(range(frames))
+    assert all((found[number] == expected[number]).all() for number in expected)
 
 
 def test_frames_are_rgb(decoder):

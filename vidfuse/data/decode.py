@@ -38,6 +38,8 @@ MAX_PIXELS = 4096 * 4096
 """Width x height of a frame. A larger one is refused before it is decoded."""
 CLOSED_GOPS = "vidfuse: closed GOPs, a frame a packet"
 """Comment of an mp4 whose frames can be counted by its packets, and whose GOPs can be decoded by themselves."""
+_UNPROBED = {"codec_whitelist": "none"}
+"""Have FFmpeg open a file without decoding a frame of it (it decodes one to guess the delay of the others, and to name the pixels)."""
 _CHUNK = 16
 """Frames that decord holds at a time."""
 _IN_MEMORY = hasattr(os, "memfd_create")
@@ -204,7 +206,7 @@ def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Fr
         return
     remaining = iter(indices)
     target, count = next(remaining), 0
-    with faults(), _opened(video) as (container, stream):
+    with faults(), _opened(video, probed=not _tells_its_order(video)) as (container, stream):
         convert = VideoReformatter()
         if container.metadata.get("comment") == CLOSED_GOPS:
             yield from ((number, _rgb(convert, frame)) for number, frame in _frames_of_gops(container, stream, indices))
@@ -220,11 +222,20 @@ def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Fr
     raise DecodeError(f"frame {target} is wanted, the video has {count}")
 
 
+def _tells_its_order(video: bytes) -> bool:
+    """Whether frames come right without FFmpeg having tried some: codecs of WebM give them in order, `data.transcode`'s are numbered."""
+    return (video.startswith(b"\x1a\x45\xdf\xa3") and b"webm" in video[:64]) or CLOSED_GOPS.encode() in video
+
+
 @contextlib.contextmanager
-def _opened(video: bytes) -> Iterator[tuple[Any, Any]]:
+def _opened(video: bytes, *, probed: bool = True) -> Iterator[tuple[Any, Any]]:
     if (declared := _matroska_bytes(video)) > len(video):
         raise DecodeError(f"the video is cut off: {len(video)} of {declared} bytes are there")
-    with av.open(io.BytesIO(video), mode="r", metadata_errors="ignore") as container:
+    with contextlib.ExitStack() as opened:
+        options = {} if probed else _UNPROBED
+        container = opened.enter_context(av.open(io.BytesIO(video), mode="r", metadata_errors="ignore", options=options))
+        if not probed and len(container.streams.video) > 1:  # the best of several is chosen by what was tried
+            container = opened.enter_context(av.open(io.BytesIO(video), mode="r", metadata_errors="ignore"))
         stream: Any = container.streams.best("video")
         if stream is None:
             raise DecodeError("no video stream")
@@ -318,7 +329,7 @@ def _check_pixels(width: int, height: int, most: int = 0) -> None:
 
 
 def _rgb(convert: VideoReformatter, frame: Any) -> Frame:
-    image: Any = convert.reformat(frame, format="rgb24").to_ndarray()
+    image: Any = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()  # else one for each CPU, for each video
     return _upright(image, frame.rotation)
 
 
