@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from vidfuse.data.opencv import cv2
 
 FRAME_BITS = 64
 _SIDE = 32

@@ -28,10 +28,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from vidfuse.data.opencv import cv2
 from vidfuse.data.transforms import Box
 
 FORMAT = 2

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import av
-import cv2
 import numpy as np
 import numpy.typing as npt
+
+from vidfuse.data.opencv import cv2
 
 Image = npt.NDArray[np.uint8]
 

@@ -15,9 +15,10 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+
+from vidfuse.data.opencv import cv2
 
 Clip = npt.NDArray[np.uint8]
 GREY = np.array([0.299, 0.587, 0.114])

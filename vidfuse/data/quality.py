@@ -13,13 +13,13 @@ import io
 import itertools
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vidfuse.data import decode, duplicates
+from vidfuse.data.opencv import cv2
 from vidfuse.data.sampling import frame_numbers
 from vidfuse.data.shards import DataError, SampleMeta
 

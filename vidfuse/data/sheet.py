@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from vidfuse.data.batch import Batch
 from vidfuse.data.clips import ClipReader, Video, View
 from vidfuse.data.decode import probe
 from vidfuse.data.mixing import Pair, mix, pairs
+from vidfuse.data.opencv import cv2
 from vidfuse.data.pixels import Clip
 from vidfuse.data.sampling import frame_numbers, generator
 from vidfuse.data.transforms import centre_box

@@ -26,10 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
+from vidfuse.data.opencv import cv2
 from vidfuse.data.pictures import (
     COLOURS,
     PATTERNS,
@@ -441,13 +441,9 @@ def _in_processes(work: Callable[[tuple[Split, int]], None], jobs: list[tuple[Sp
     if workers <= 1:
         yield from map(work, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             yield from pool.map(work, jobs, chunksize=8)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _one_thread() -> None:
-    cv2.setNumThreads(1)

@@ -20,11 +20,11 @@ from typing import Any
 import av
 import av.codec
 import av.error
-import cv2
 
 from vidfuse.config import TranscodeConfig
 from vidfuse.data import decode
 from vidfuse.data.decode import DecodeError, Frame, VideoInfo
+from vidfuse.data.opencv import cv2
 from vidfuse.data.shards import DataError
 
 SUFFIX = "mp4"

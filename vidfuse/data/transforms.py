@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
-cv2.setNumThreads(1)  # parallelism comes from Ray's tasks
+from vidfuse.data.opencv import cv2
 
 
 @dataclass(frozen=True)
