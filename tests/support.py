@@ -137,9 +137,14 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
 
 
+def shared_root() -> Path:
+    """Where the shared test data are, if they are anywhere."""
+    return Path(os.environ.get("VIDFUSE_TEST_DATA") or REPO.parent / "shared/data")
+
+
 def shared_data(path: str) -> Path:
     """A file or folder of the shared test data; skips the test where there is none."""
-    root = Path(os.environ.get("VIDFUSE_TEST_DATA") or REPO.parent / "shared/data")
+    root = shared_root()
     if not (root / path).exists():
         pytest.skip(f"no {path} in {root}; VIDFUSE_TEST_DATA names the folder of shared test data")
     return root / path

@@ -5,7 +5,7 @@ process a core and take each decoder as its documentation has it (bytes in memor
 which is the fastest that was found. In turn, several times, in one session; the median of the ratios is what counts. All have started and
 given an epoch before the clock does: a stream starts once a run.
 
-Videos as SSv2 has them: 427 x 240, 45 frames at 12 a second, VP9; as they are, and as `jobs.pack --transcode` makes them. torchcodec is left
+Videos as SSv2 has them (`videos.py`): as they are, and as `jobs.pack --transcode` makes them. torchcodec is left
 out, and that is said, where it is not installed (it needs FFmpeg's libraries besides). Run by `make bench`.
 """
 
@@ -28,18 +28,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests import support
+from tests.bench.videos import VIDEOS, written
 from vidfuse.config import TranscodeConfig, from_mapping
 from vidfuse.data.feed import Feed
-from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World, frame_numbers
 from vidfuse.data.transforms import crop_resize, random_box
 from vidfuse.on_ray import fit
-from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray]
-VIDEOS, EPOCHS, FRAMES, SIZE, BATCH, REPEATS, CORES = 240, 6, 16, 224, 8, 3, os.cpu_count() or 2
+EPOCHS, FRAMES, SIZE, BATCH, REPEATS, CORES = 6, 16, 224, 8, 3, os.cpu_count() or 2
 GOAL, HELD = 1.2, 0.95
 """What was aimed at, and what holds: see README.md beside this file."""
 Frames = Iterator[tuple[int, np.ndarray]]
@@ -102,20 +100,6 @@ def loader_of(shards: list[str], decode: str, sampling: str) -> Any:
         persistent_workers=True,
         multiprocessing_context="spawn",
     )
-
-
-def written(folder: Path, transcode: TranscodeConfig | None, url: str | None = None) -> str:
-    """The videos in shards; where they are, by default in the folder."""
-    videos = folder / "videos"
-    if not videos.exists():
-        for name in ("a", "b"):
-            (videos / "train" / name).mkdir(parents=True)
-        kinds = [support.make_video(45, suffix="webm", width=432, height=240, seed=seed) for seed in range(12)]
-        for number in range(VIDEOS):
-            (videos / "train" / "ab"[number % 2] / f"{number}.webm").write_bytes(kinds[number % len(kinds)])
-    url = url or str(folder / ("transcoded" if transcode else "as-is"))
-    pack(prepare(read_layout(videos, "tree"), videos, url, 3_000_000, transcode))
-    return url
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "dense"])
