@@ -62,11 +62,11 @@ def test_the_table_of_presets_is_what_the_command_prints():
 
 def test_the_table_of_feeding_is_what_the_command_prints():
     page = (REPO / "docs/feeding.md").read_text(encoding="utf-8")
-    assert "`python -m jobs.models --feeding 396 30`" in page
+    assert "`python -m jobs.models --feeding 396 49`" in page
     printed = subprocess.run(
-        [sys.executable, "-m", "jobs.models", "--feeding", "396", "30"], cwd=REPO, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "jobs.models", "--feeding", "396", "49"], cwd=REPO, capture_output=True, text=True, check=True
     ).stdout
-    assert printed.strip() in page, "put what `python -m jobs.models --feeding 396 30` prints into docs/feeding.md"
+    assert printed.strip() in page, "put what `python -m jobs.models --feeding 396 49` prints into docs/feeding.md"
 
 
 def test_the_table_of_metrics_is_what_the_command_prints():

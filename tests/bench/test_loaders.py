@@ -38,7 +38,7 @@ from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray]
 EPOCHS, FRAMES, SIZE, BATCH, REPEATS, CORES = 6, 16, 224, 8, 3, os.cpu_count() or 2
-GOAL, HELD = 1.2, 0.95
+GOAL, HELD = 1.2, {"as they are": 1.1, "transcoded": 1.2}
 """What was aimed at, and what holds: see README.md beside this file."""
 Frames = Iterator[tuple[int, np.ndarray]]
 
@@ -149,4 +149,4 @@ def test_the_stream_feeds_as_much_as_the_strongest_loader(ray_cluster, tmp_path_
     missing = "" if len(names) == len(DECODERS) else f"; not installed: {', '.join(set(DECODERS) - set(names))}"
     print(f"\n{form}, {sampling}: vidfuse {mine:.1f} clips/s, " + ", ".join(f"{n} {v:.1f}" for n, v in each.items()) + missing)
     print(f"ratio to {strongest}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}; goal {GOAL}")
-    assert statistics.median(ratios) >= HELD
+    assert statistics.median(ratios) >= HELD[form]

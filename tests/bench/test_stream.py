@@ -34,7 +34,7 @@ from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray, pytest.mark.s3]
 EPOCHS, FRAMES, SIZE, REPEATS, CORES = 8, 16, 224, 3, os.cpu_count() or 2
-GOAL, HELD = 0.9, {"as they are": 0.8, "transcoded": 0.7}
+GOAL, HELD = 0.9, {"as they are": 0.75, "transcoded": 0.65}
 """What was aimed at, and what holds of the time that the server leaves: see README.md beside this file."""
 
 
