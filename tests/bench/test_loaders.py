@@ -85,7 +85,8 @@ def clip_of(decode: str, sampling: str, sample: Mapping[str, Any]) -> dict[str, 
     box = random_box(meta["height"], meta["width"], area=(0.5, 1.0), aspect=(0.75, 1.3333), flip=False, rng=rng)
     clip = np.empty((FRAMES, SIZE, SIZE, 3), np.uint8)
     for number, frame in DECODERS[decode](content, sorted(set(numbers.tolist()))):
-        clip[numbers == number] = crop_resize(frame, box, SIZE)
+        for place in np.flatnonzero(numbers == number):
+            crop_resize(frame, box, clip[place])
     return {"clip": clip, "label": meta["label"]}
 
 

@@ -65,7 +65,8 @@ def bare(process: int) -> int:
                     numbers = frame_numbers(meta["frames"], FRAMES, sampling="uniform")
                     box, clip = centre_box(meta["height"], meta["width"]), np.empty((FRAMES, SIZE, SIZE, 3), np.uint8)
                     for number, frame in decode_frames(tar.extractfile(member).read(), sorted(set(numbers.tolist()))):
-                        clip[numbers == number] = crop_resize(frame, box, SIZE)
+                        for shown in np.flatnonzero(numbers == number):
+                            crop_resize(frame, box, clip[shown])
                     count += 1
     return count
 

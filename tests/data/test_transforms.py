@@ -13,6 +13,12 @@ from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
 FRAME = np.random.default_rng(0).integers(0, 256, (240, 432, 3), np.uint8)
 
 
+def _cropped(frame, box, size):
+    out = np.full((size, size, 3), 77, np.uint8)
+    crop_resize(frame, box, out)
+    return out
+
+
 def _torchvision(frame, box, size):
     image = torch.from_numpy(frame).permute(2, 0, 1)
     out = tv.resized_crop(image, box.top, box.left, box.height, box.width, [size, size], antialias=False)
@@ -32,8 +38,7 @@ def _torchvision(frame, box, size):
 )
 def test_a_crop_is_torchvisions(box):
     """Bilinear: rounding may differ by one of 255."""
-    out = crop_resize(FRAME, box, 224)
-    assert out.shape == (224, 224, 3) and out.dtype == np.uint8
+    out = _cropped(FRAME, box, 224)
     assert np.abs(out.astype(int) - _torchvision(FRAME, box, 224)).max() <= 1
 
 
@@ -42,7 +47,7 @@ def test_a_crop_that_shrinks_much_is_the_mean_of_its_pixels(factor):
     side = 40
     box = Box(0, 5, factor * side, factor * side)
     part = FRAME[: factor * side, 5 : 5 + factor * side].reshape(side, factor, side, factor, 3)
-    assert np.abs(crop_resize(FRAME, box, side) - part.mean(axis=(1, 3))).max() <= 0.51
+    assert np.abs(_cropped(FRAME, box, side) - part.mean(axis=(1, 3))).max() <= 0.51
 
 
 @pytest.mark.parametrize("size", [130, 224])
@@ -51,7 +56,7 @@ def test_each_pixel_of_a_crop_counts(size):
     for column in range(60, 100):
         frame = np.zeros((240, 432, 3), np.uint8)
         frame[:, column] = 255
-        assert crop_resize(frame, Box(0, 0, 240, 240), size).any(), column
+        assert _cropped(frame, Box(0, 0, 240, 240), size).any(), column
 
 
 def test_random_boxes_are_drawn_as_torchvision_draws_them():

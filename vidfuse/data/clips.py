@@ -305,10 +305,12 @@ def _decode(content: bytes, plans: Sequence[View], out: Sequence[Clip] | Clip, d
     for number, frame in decode_frames(content, sorted(places), decoder=data.decoder):
         done: dict[Box, npt.NDArray[np.uint8]] = {}
         for view, place in places[number]:
-            box = plans[view].box
-            if box not in done:
-                done[box] = crop_resize(frame, box, data.size)
-            out[view][place] = done[box]
+            box, image = plans[view].box, out[view][place]
+            if box in done:
+                image[:] = done[box]
+            else:
+                crop_resize(frame, box, image)
+                done[box] = image
 
 
 def _change(plans: Sequence[View], out: Clip) -> None:
