@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import ray
 from ray._private.internal_api import memory_summary
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
 
 from tests import support
 from vidfuse.config import DataConfig, from_mapping
@@ -21,6 +25,7 @@ from vidfuse.data.layouts import read_layout
 from vidfuse.data.relay import relay
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import read_index, read_manifest
+from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import open_storage
 from vidfuse.on_ray.stream import FAILED, ClipDatasource, pull_through_ray
@@ -272,6 +277,49 @@ def test_memory_is_bounded_with_four_times_as_much_data(packed, monkeypatch, par
     print(f"most held: {most} of {data.buffer_bytes / 2**20} MiB")
     assert rows == len(samples)
     assert 0 < most <= data.buffer_bytes / 2**20, f"{most} MiB were held"
+
+
+def test_a_stream_whose_buffer_is_full_leaves_cpus_to_others(packed):
+    """Its tasks end, each with several blocks that nobody takes: those of another worker, of whom all wait for a batch, can run."""
+    data = DataConfig(classes=3, frames=16, size=112, block_bytes=2**21, buffer_bytes=120 * 2**20, cpus_per_task=0.5)
+    reader = ClipReader(packed.filesystem, packed.root, data, seed=0)
+    parts = list(parts_of(packed.indices["train"], np.concatenate([np.arange(TRAIN)] * 8), 2, epoch=0))
+    pull = pull_through_ray(data, workers=1)
+    full = pull(reader, parts, 2)
+    next(full)
+    time.sleep(5)  # the buffer fills
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: sum(len(columns["sample"]) for columns in pull(reader, parts[:8], 2)))
+        try:
+            assert other.result(timeout=30) == 16
+        finally:
+            full.close()
+
+
+@dataclass(frozen=True)
+class Slow(ClipReader):
+    """A storage that takes its time."""
+
+    def read(self, part):
+        time.sleep(0.3)
+        return super().read(part)
+
+
+@pytest.mark.parametrize(("workers", "tasks"), [(1, 4), (2, 2)])
+def test_a_stream_has_its_share_of_the_cpus_though_another_asked_for_all(packed, workers, tasks):
+    """As Ray Data's streams do once they are busy."""
+    data = feed_of(packed, 1, 0).config.data
+    reader = Slow(packed.filesystem, packed.root, data, 0)
+    parts = list(parts_of(packed.indices["train"], np.arange(24), 1, epoch=0))
+    other = get_or_create_autoscaling_coordinator()
+    ray.get(other.request_resources.remote("busy", [{"CPU": 2.0}], 60.0, STANDARD_RESOURCE_TYPES))
+    board = Mock(spec=Board)
+    try:
+        stream = pull_through_ray(data, workers=workers, board=board)(reader, parts, 1)
+        assert sum(len(columns["sample"]) for columns in stream) == 24
+    finally:
+        ray.get(other.cancel_request.remote("busy"))
+    assert max(call.args[1] for call in board.set.call_args_list if call.args[0] == "reading_tasks") == tasks
 
 
 def test_a_full_buffer_costs_the_worker_no_time(packed):

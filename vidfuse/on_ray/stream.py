@@ -4,7 +4,8 @@ Comes in: a `ClipReader` and the parts that this rank uses, in order. Goes out: 
 be shorter). Every worker has a stream of its own over its own parts: what a rank reads is decided by the plan
 (`data.sampling`), never by who is faster, so nothing is dropped, repeated or dealt out unevenly. Decoding runs as Ray tasks on
 any node with free CPUs. A task reads one part after another and gives a block of each: where the buffer has room for it several, since
-Ray Data looks for tasks that have ended only every 0.1 s, in which CPUs idle.
+Ray Data looks for tasks that have ended only every 0.1 s, in which CPUs idle. It ends though nobody takes its blocks: one that waited
+with a CPU in its hands would keep it from the worker for whom all others wait.
 
 Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store: each has its
 share, of which Ray Data is told to fill a quarter with blocks that are made or wait; the rest is for what Ray overshoots (its bound is a
@@ -52,6 +53,8 @@ FAILED = "failed"
 """Column of how many readings of a block's part had failed before."""
 QUEUE = "vidfuse.queue"
 """Name of a stream in its context, which travels to tasks, as its board cannot."""
+WORKERS = "vidfuse.workers"
+"""How many workers share the cluster, in a stream's context."""
 
 _boards: dict[str, Board] = {}
 """Of this process' streams, by name."""
@@ -59,12 +62,20 @@ _failed: Counter[Part] = Counter()
 """Readings by this process that the storage has failed, by part, until the part's block carries them away."""
 
 
-class Rest(BackpressurePolicy):
-    """Let the control loop rest while the buffer is full: it limits nothing.
+class Share(BackpressurePolicy):
+    """Plan with a worker's share of the cluster, and let the control loop rest while the buffer is full.
 
-    Ray Data 2.60 waits for running tasks only. When all blocks that fit are made, it turns without a pause, in a thread of the
-    training worker: measured on 2 cores, more of the worker's time than the training itself.
+    Ray Data 2.60 lets the streams that were busy first ask for all CPUs (`DefaultClusterAutoscalerV2`): the others have one task at a
+    time, and all workers wait for theirs.
+
+    It waits for running tasks only. When all blocks that fit are made, it turns without a pause, in a thread of the training worker:
+    measured on 2 cores, more of the worker's time than the training itself.
     """
+
+    def __init__(self, *of: Any) -> None:
+        super().__init__(*of)
+        workers = self._data_context.get_config(WORKERS)
+        self._resource_manager._get_total_resources = lambda: _share(workers)
 
     def max_task_output_bytes_to_read(self, op: Any) -> None:
         """Called in every turn, for every operator, before the wait for tasks."""
@@ -80,21 +91,22 @@ class Rest(BackpressurePolicy):
             time.sleep(PAUSE_SECONDS)
 
 
-@dataclass
 class ClipDatasource(Datasource):
-    """Ray Data's view of a plan: read tasks that give one block a part."""
+    """Ray Data's view of a plan: read tasks that give one block a part. No dataclass: of one, Ray Data copies all it has, for its log.
 
-    reader: ClipReader
-    parts: Sequence[Part]
-    numbers: Sequence[int] = ()
-    """If given: of the parts, which rows carry in a column `part`."""
-    size: int = 1
-    """Parts of a task."""
-    short: int = 0
-    """Tasks at the start that read one part: whoever waits for the first ones would be fed by one process."""
+    Args:
+        reader: of the parts.
+        parts: in order.
+        numbers: If given: of the parts, which rows carry in a column `part`.
+        size: Parts of a task.
+        short: Tasks at the start that read one part: whoever waits for the first ones would be fed by one process.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, reader: ClipReader, parts: Sequence[Part], numbers: Sequence[int] = (), *, size: int = 1, short: int = 0
+    ) -> None:
         super().__init__()
+        self.reader, self.parts, self.numbers, self.size, self.short = reader, parts, numbers, size, short
 
     def get_name(self) -> str:
         """Shown in Ray's dashboard."""
@@ -152,14 +164,16 @@ def pull_through_ray(
             override_num_blocks=len(parts),
             num_cpus=data.cpus_per_task,
             runtime_env=of_tasks(),
+            ray_remote_args={"_generator_backpressure_num_objects": -1},  # a task waits for none of its blocks to be taken
         )
         context = dataset.context
         context.enable_progress_bars = False
         context.retried_map_errors, context.max_map_retries = True, RETRIES
         # what is larger is given at once, as a block: that of each part is, since it has other columns, too
         context.target_max_block_size = block - 1
-        context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Rest])
+        context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Share])
         context.set_config(QUEUE, name)
+        context.set_config(WORKERS, workers)
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 5, 2 * block))
         if board is not None:
@@ -176,9 +190,14 @@ def pull_through_ray(
     return pull
 
 
+def _share(workers: int) -> ExecutionResources:
+    """What the cluster has for the reading of one of `workers` workers."""
+    return ExecutionResources.from_resource_dict(ray.cluster_resources()).scale(1 / workers)
+
+
 def _running(data: DataConfig, workers: int) -> int:
     """Reading tasks of one of `workers` workers that the cluster's CPUs run at a time, at most."""
-    return max(int(ray.cluster_resources().get("CPU", 0.0) / data.cpus_per_task / workers), 1)
+    return max(int(_share(workers).cpu / data.cpus_per_task), 1)
 
 
 def _tell(board: Board, columns: Columns, costs: Columns, *, views: int) -> None:
