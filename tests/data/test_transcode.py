@@ -52,6 +52,12 @@ def test_it_is_encoded_once_and_the_same_each_time():
     assert into_form(video, FORM)[0] == made
 
 
+def test_bytes_do_not_depend_on_what_the_memory_held():
+    video = make_video(200, suffix="mp4", width=128, height=96, fps=30)
+    form = TranscodeConfig(short_side=64, fps=6)
+    assert len({into_form(video, form)[0] for _ in range(20)}) == 1
+
+
 @pytest.mark.parametrize("frames", [1, 2])
 def test_videos_of_hardly_any_frames(frames):
     made, info = into_form(make_video(frames, suffix="avi"), FORM)

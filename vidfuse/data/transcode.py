@@ -5,8 +5,9 @@ Comes in: the bytes of any video, a `TranscodeConfig`. Goes out: bytes in that f
 training sees them (upright, 8 bits, limited range), so ten-bit, full-range and rotated videos keep their look.
 
 x264 with `preset=veryfast tune=fastdecode` (no CABAC, no deblocking) and one thread: the same bytes each time with the same
-libraries, and less work for the decoder than its other presets. Three of four frames are such that no other refers to them, and a mark
-in the file tells `data.decode` that it can leave those, and whole GOPs, out.
+libraries, and less work for the decoder than its other presets. Its macroblock tree is off: with it, bytes differ from one time to the
+next, and files are hardly smaller at the same error (a real video: 38.6 dB in 196 KB, 38.4 in 193 without). Three of four frames are
+such that no other refers to them, and a mark in the file tells `data.decode` that it can leave those, and whole GOPs, out.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def _encode(video: bytes, info: VideoInfo, form: TranscodeConfig, rate: Fraction
         "bf": "3",
         "b_strategy": "0",
         "b-pyramid": "none",
+        "mbtree": "0",
     }
     out = io.BytesIO()
     with av.open(out, "w", format=SUFFIX) as container:
