@@ -68,8 +68,8 @@ class Share(BackpressurePolicy):
     Ray Data 2.60 lets the streams that were busy first ask for all CPUs (`DefaultClusterAutoscalerV2`): the others have one task at a
     time, and all workers wait for theirs.
 
-    It waits for running tasks only. When all blocks that fit are made, it turns without a pause, in a thread of the training worker:
-    measured on 2 cores, more of the worker's time than the training itself.
+    Its control loop waits for running tasks only. When all blocks that fit are made, it turns without a pause, in a thread of the
+    training worker: measured on 2 cores, more of the worker's time than the training itself.
     """
 
     def __init__(self, *of: Any) -> None:
