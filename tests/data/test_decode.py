@@ -94,7 +94,8 @@ def test_files_that_tell_the_order_of_frames_are_opened_without_decoding(monkeyp
     monkeypatch.setattr(decode.av, "open", spy)
     found = dict(decode_frames(content, range(frames)))
     assert opened == tried
-    monkeypatch.setattr(decode, "_tells_its_order", lambda _: False)
+    monkeypatch.setattr(decode, "_is_webm", lambda _: False)
+    monkeypatch.setattr(decode, "_CLOSED_BY_X264", b"not in any video")
     expected = dict(decode_frames(content, range(frames)))
     assert list(found) == list(expected) == list(range(frames))
     assert all((found[number] == expected[number]).all() for number in expected)

@@ -176,6 +176,56 @@ def test_a_frame_to_which_no_other_refers_is_decoded_only_if_it_is_wanted():
         list(decode_frames(bytes(damaged), range(24)))
 
 
+def _without_start(video: bytes, frames: int) -> bytes:
+    """As `ffmpeg -ss ... -c copy` cuts it: packets that lead to the first frame shown stay, and are not shown."""
+    out = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(out, "w", format="mp4") as made:
+        stream = source.streams.video[0]
+        copy = made.add_stream_from_template(stream)
+        made.metadata.update(source.metadata)
+        for packet in (packet for packet in source.demux(stream) if packet.size):
+            packet.pts, packet.dts = packet.pts - frames * packet.duration, packet.dts - frames * packet.duration
+            packet.stream = copy
+            made.mux(packet)
+    return out.getvalue()
+
+
+def _encoded_anew(video: bytes, codec: str, **options: str) -> bytes:
+    """As `ffmpeg -c:v codec` makes it: with what the file says of itself."""
+    out = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(out, "w", format="mp4") as made:
+        made.metadata.update(source.metadata)
+        stream = made.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = source.streams.video[0].width, source.streams.video[0].height, "yuv420p"
+        for frame in source.decode(video=0):
+            made.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+        made.mux(stream.encode())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda video: _without_start(video, 5),
+        lambda video: _encoded_anew(video, "libx264"),
+        lambda video: _encoded_anew(video, "libx264", **{"x264-params": "open-gop=1:keyint=12"}),
+        lambda video: _encoded_anew(video, "libx265", **{"x265-params": "open-gop=1:keyint=12:log-level=none"}),
+        lambda video: _encoded_anew(video, "mpeg4", bf="2"),
+    ],
+    ids=["cut", "x264", "x264, open GOPs", "x265, open GOPs", "mpeg4"],
+)
+def test_a_mark_that_others_hand_on_costs_no_frame(change):
+    made, _ = into_form(make_video(40, suffix="avi", fps=25), FORM)
+    changed = change(made)
+    with av.open(io.BytesIO(changed)) as container:
+        assert container.metadata["comment"] == decode.CLOSED_GOPS
+    expected = [frame for _, frame in decode.timed_frames(changed)]
+    assert len(expected) in (35, 40)
+    found = dict(decode_frames(changed, range(len(expected))))
+    assert all(np.array_equal(found[number], frame) for number, frame in enumerate(expected))
+    assert np.array_equal(dict(decode_frames(changed, [11]))[11], expected[11])
+
+
 # --- real files ---
 
 

@@ -21,6 +21,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import av
@@ -38,6 +39,8 @@ MAX_PIXELS = 4096 * 4096
 """Width x height of a frame. A larger one is refused before it is decoded."""
 CLOSED_GOPS = "vidfuse: closed GOPs, a frame a packet"
 """Comment of an mp4 whose frames can be counted by its packets, and whose GOPs can be decoded by themselves."""
+_CLOSED_BY_X264 = b"open_gop=0"
+"""In x264's note of its settings. The comment alone does not tell: FFmpeg hands it on to what it makes of such a file."""
 _UNPROBED = {"codec_whitelist": "none"}
 """Have FFmpeg open a file without decoding a frame of it (it decodes one to guess the delay of the others, and to name the pixels)."""
 _CHUNK = 16
@@ -202,29 +205,41 @@ def _timing(frames: int, fps: float, span: float) -> tuple[float, float]:
 
 
 def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
+    convert = VideoReformatter()
+    with faults():
+        yield from ((number, _rgb(convert, frame)) for number, frame in _wanted(video, indices))
+
+
+def _wanted(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """The frames `indices`, which are increasing, with their numbers."""
     if not indices:
         return
+    if CLOSED_GOPS.encode() in video and _CLOSED_BY_X264 in video:
+        with _opened(video, probed=False) as (container, stream):
+            packets, marked = container.demux(stream), container.metadata.get("comment") == CLOSED_GOPS
+            first = next(packets)
+            if marked and not first.is_discard:  # it is where the start was cut off without encoding
+                yield from _frames_of_gops(chain((first,), packets), stream.codec_context, indices)
+                return
+    with _opened(video, probed=not _is_webm(video)) as (container, stream):
+        yield from _frames_by_count(_frames(container, stream), indices)
+
+
+def _frames_by_count(frames: Iterator[Any], indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
     remaining = iter(indices)
     target, count = next(remaining), 0
-    with faults(), _opened(video, probed=not _tells_its_order(video)) as (container, stream):
-        convert = VideoReformatter()
-        if container.metadata.get("comment") == CLOSED_GOPS:
-            yield from ((number, _rgb(convert, frame)) for number, frame in _frames_of_gops(container, stream, indices))
-            return
-        for number, frame in enumerate(_frames(container, stream)):
-            count = number + 1
-            if number != target:
-                continue
-            yield target, _rgb(convert, frame)
+    for count, frame in enumerate(frames, start=1):
+        if count - 1 == target:
+            yield target, frame
             target = next(remaining, -1)
             if target < 0:
                 return
     raise DecodeError(f"frame {target} is wanted, the video has {count}")
 
 
-def _tells_its_order(video: bytes) -> bool:
-    """Whether frames come right without FFmpeg having tried some: codecs of WebM give them in order, `data.transcode`'s are numbered."""
-    return (video.startswith(b"\x1a\x45\xdf\xa3") and b"webm" in video[:64]) or CLOSED_GOPS.encode() in video
+def _is_webm(video: bytes) -> bool:
+    """Its codecs give frames in order: they come right without FFmpeg having tried some."""
+    return video.startswith(b"\x1a\x45\xdf\xa3") and b"webm" in video[:64]
 
 
 @contextlib.contextmanager
@@ -268,14 +283,14 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         raise DecodeError(f"the video is cut off: {packets} of {stream.frames} packets are there")
 
 
-def _frames_of_gops(container: Any, stream: Any, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def _frames_of_gops(packets: Iterator[Any], decoder: Any, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
     """The frames `indices`, which are increasing, with their numbers; GOPs without one of them are left out."""
     first, gop = 0, list[Any]()
-    for packet in container.demux(stream):
+    for packet in packets:
         if packet.is_keyframe or not packet.size:  # the packet at the end is empty
             wanted = indices[bisect.bisect_left(indices, first) : bisect.bisect_left(indices, first + len(gop))]
             if wanted:
-                yield from _frames_of_gop(stream.codec_context, first, gop, set(wanted))
+                yield from _frames_of_gop(decoder, first, gop, set(wanted))
             first, gop = first + len(gop), []
             if first > indices[-1]:
                 return
