@@ -294,6 +294,40 @@ def with_sound_and_gaps(gap: int) -> bytes:
     return out.getvalue()
 
 
+def _changing(*sizes: tuple[int, int]) -> bytes:
+    """Twelve frames of each size (width, height), the number of each as its grey level: what a recorded call may look like."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", rate=12)
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuv420p"
+        for part, (width, height) in enumerate(sizes):
+            encoder = av.CodecContext.create("libvpx-vp9", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+            encoder.time_base, encoder.framerate = Fraction(1, 12), Fraction(12, 1)
+            encoder.options = {"deadline": "realtime", "cpu-used": "8"}
+            frames = [np.full((height, width, 3), 8 * number, np.uint8) for number in range(12 * part, 12 * part + 12)]
+            shown = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+            for place, frame in enumerate(shown, start=12 * part):
+                frame.pts, frame.time_base = place, Fraction(1, 12)
+            for packet in [packet for frame in (*shown, None) for packet in encoder.encode(frame)]:
+                packet.stream = stream
+                container.mux(packet)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("sizes", [((320, 240), (160, 120)), ((64, 48), (320, 240)), ((96, 64), (64, 96))])
+def test_frames_of_a_video_that_changes_its_size_have_that_of_the_first(decoder, sizes):
+    video = _changing(*sizes)
+    info = probe(video, decoder=decoder)
+    assert (info.frames, info.width, info.height) == (24, *sizes[0])
+    frames = dict(decode_frames(video, [3, 14, 23], decoder=decoder))
+    assert {frame.shape for frame in frames.values()} == {(*sizes[0][::-1], 3)}
+    assert [round(frame.mean() / 8) for frame in frames.values()] == [3, 14, 23]
+    assert [round(frame.mean() / 8) for _, frame in decode.timed_frames(video)] == list(range(24))
+    assert {frame.shape for frame in decode.inspect(video, range(24))[1]} == {(*sizes[0][::-1], 3)}
+    assert into_form(video, TranscodeConfig(short_side=64))[1].frames == 24
+
+
 def test_inspection_tells_how_a_file_is_made_and_keeps_wanted_frames():
     video = make_video(12, suffix="mp4")
     found, kept = decode.inspect(video, [0, 5, 11])

@@ -306,6 +306,8 @@ def _decode(content: bytes, plans: Sequence[View], out: Sequence[Clip] | Clip, d
         done: dict[Box, npt.NDArray[np.uint8]] = {}
         for view, place in places[number]:
             box, image = plans[view].box, out[view][place]
+            if box.top + box.height > frame.shape[0] or box.left + box.width > frame.shape[1]:
+                raise DecodeError(f"frame {number} has {frame.shape[1]} x {frame.shape[0]} pixels, fewer than the index says")
             if box in done:
                 image[:] = done[box]
             else:

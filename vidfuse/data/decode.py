@@ -263,8 +263,12 @@ def _opened(video: bytes, *, probed: bool = True) -> Iterator[tuple[Any, Any]]:
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """All frames in presentation order; a packet or frame that is damaged, or missing at the end, is an error."""
+    """All frames in presentation order; a packet or frame that is damaged, or missing at the end, is an error.
+
+    A stream may change its frames' size (WebM recorded from a call). As in FFmpeg's programs, all have the first one's here.
+    """
     packets = count = 0
+    scale, size = VideoReformatter(), (0, 0)
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DecodeError(f"the video is cut off or damaged after {count} frames (packet {packets})")
@@ -276,7 +280,8 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
             count += 1
             if count > MAX_FRAMES:
                 raise DecodeError(f"more than {MAX_FRAMES} frames; cut the video into shorter ones")
-            yield frame
+            size = size if count > 1 else (frame.width, frame.height)
+            yield frame if (frame.width, frame.height) == size else scale.reformat(frame, *size, threads=1)
     if not count:
         raise DecodeError("no frame decodes")
     if packets < stream.frames and "mp4" in container.format.name:
