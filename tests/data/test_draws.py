@@ -89,10 +89,27 @@ def test_further_uses_of_a_sample_are_other_clips():
 def test_a_sample_that_would_be_used_too_often_is_refused():
     weights = np.full(1000, 1e-6)
     weights[0] = 1.0
-    with pytest.raises(DataError, match="more than 254 times in an epoch of 1000"):
+    with pytest.raises(DataError, match="used 999 times in epoch 0, which has 1,000 uses in all; 254 are the most"):
         Draws(weights).check(1000)
-    with pytest.raises(DataError, match="or none at all"):
+    with pytest.raises(DataError, match="have the weight 0"):
         Draws(np.zeros(10)).check(10)
+
+
+def test_every_epoch_of_a_curriculum_is_checked():
+    """The heaviest sample is the hardest: it comes in when others share the epoch with it, or when it is nearly alone."""
+    late = np.ones(1000)
+    late[-1] = 5000.0
+    curriculum = Curriculum(difficulty="d.csv", start=0.3, epochs=3)
+    with pytest.raises(DataError, match="used 833 times in epoch 3"):
+        Draws(late, np.arange(1000.0), curriculum).check(1000)
+    early = late[::-1].copy()
+    with pytest.raises(DataError, match="used 944 times in epoch 0"):
+        Draws(early, np.arange(1000.0), curriculum).check(1000)
+    none = np.r_[np.zeros(400), np.ones(600)]
+    with pytest.raises(DataError, match="all samples that epoch 0 draws from have the weight 0"):
+        Draws(none, np.arange(1000.0), curriculum).check(1000)
+    even = Draws(np.random.default_rng(0).uniform(0.5, 2, 1000), np.arange(1000.0), curriculum).check(1000)
+    assert all(even.uses(1000, seed=0, epoch=epoch).sum() == 1000 for epoch in range(6))
 
 
 @pytest.mark.parametrize(
@@ -104,13 +121,25 @@ def test_a_sample_that_would_be_used_too_often_is_refused():
         ("key,value\ntrain0,1\n", "4 samples have no value, the first is 'train1'"),
         ("key,value\ntrain0,-1\n", "line 2 has no number of at least 0"),
         ("key,value\ntrain0,much\n", "line 2 has no number of at least 0"),
+        ("key,value\ntrain0\n", "line 2 has no number of at least 0"),
+        ("key,value\ntrain0,1".encode("utf-16"), "byte 0 is no UTF-8; save the table as CSV in UTF-8"),
+        ("key,value\ntrainé,1".encode("latin-1"), "byte 15 is no UTF-8"),
+        (f'key,value\n"{"x" * 200_000}', "line 1 is no CSV: field larger than"),
     ],
 )
 def test_files_that_do_not_fit_are_explained(content, words):
     with pytest.raises(DataError, match=words):
-        read_values(content.encode(), packed(5).indices["train"], "weights.csv")
+        read_values(content if isinstance(content, bytes) else content.encode(), packed(5).indices["train"], "weights.csv")
 
 
 def test_values_are_read_by_key():
     content = "key,value\n" + "".join(f"train{i},{i / 2}\n" for i in (4, 0, 2, 1, 3))
     assert read_values(content.encode(), packed(5).indices["train"], "w").tolist() == [0, 0.5, 1, 1.5, 2]
+
+
+def test_difficulties_may_be_negative():
+    content = "key,value\n" + "".join(f"train{i},{-i}\n" for i in range(5))
+    index = packed(5).indices["train"]
+    assert read_values(content.encode(), index, "d", least=-np.inf).tolist() == [0, -1, -2, -3, -4]
+    with pytest.raises(DataError, match="line 2 has no number after the key"):
+        read_values(b"key,value\ntrain0,nan\n", index, "d", least=-np.inf)

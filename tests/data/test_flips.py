@@ -42,7 +42,20 @@ def test_spellings():
         "SwipeUp": "SwipeUp",
     }
     assert names("TurnAnticlockwise", "TurnClockwise")["TurnClockwise"] == "TurnAnticlockwise"
-    upright = ("Putting something upright on the table", "Pulling it right out", "Bright lights", "copyright")
+    for pair in (
+        ("turnleft", "turnright"),
+        ("TURNLEFT", "TURNRIGHT"),
+        ("swipe_left1", "swipe_right1"),
+        ("left2right", "right2left"),
+        ("waving the lefthand", "waving the righthand"),
+        ("move leftmost", "move rightmost"),
+        ("drifting leftwards", "drifting rightwards"),
+        ("turning clock-wise", "turning counter-clock-wise"),
+        ("rotate CW", "rotate CCW"),
+    ):
+        assert names(*pair) == dict([pair, pair[::-1]]) and names(pair[0]) == {pair[0]: None}
+    upright = ("Putting something upright on the table", "Pulling it right out", "Bright lights", "copyright", "Leftovers")
+    upright += ("Fixing a playwright's desk", "All right", "Looking straight", "Being frightened", "Outright")
     assert names(*upright) == {name: name for name in upright}
 
 

@@ -84,3 +84,17 @@ def test_uniform_sampling_cannot_go_faster_than_the_whole_video():
     with pytest.raises(ConfigError, match=r"temporal\.speed is at most 1 under sampling=uniform.*given 2"):
         override(from_mapping({}), ["data.augment.temporal.speed=[0.5,2]"])
     override(from_mapping({}), ["data.sampling=dense", "data.augment.temporal.speed=[0.5,2]"])
+
+
+def test_what_one_frame_cannot_show_is_refused():
+    one = override(from_mapping({}), ["data.sampling=single"])
+    assert from_mapping(one.model_dump(mode="json")) == one
+    with pytest.raises(ConfigError, match=r"augment\.temporal\.dropped is about frames of a clip.*leave it out"):
+        override(one, ["data.augment.temporal.dropped=0.2"])
+
+
+def test_a_curriculum_that_would_leave_the_hardest_out_is_refused():
+    wanted = ["data.curriculum.difficulty=d.csv", "train.epochs=5"]
+    with pytest.raises(ConfigError, match=r"data\.curriculum\.epochs is 10, but train\.epochs is 5: the hardest"):
+        override(from_mapping({}), wanted)
+    assert override(from_mapping({}), [*wanted, "data.curriculum.epochs=4"]).data.curriculum.epochs == 4

@@ -34,3 +34,5 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     ):
         with pytest.raises(DataError, match=rf"{field}: there is no file .*none\.csv"):
             fit._draws(DataConfig(**settings), INDEX)
+    with pytest.raises(DataError, match=r"data\.weighting: there is no file"):
+        fit._draws(DataConfig(weighting=str(tmp_path)), INDEX)

@@ -115,6 +115,18 @@ def test_nothing_is_decoded_where_all_tokens_are_cached(config, places):
     feed.close()
 
 
+def test_training_videos_are_scored_on_testing_clips(config, places):
+    """The cache of the training split has random crops of its videos."""
+    settings = cached(config)
+    packed = fit.open_set(settings)
+    world = World(1, 0, 8, 4)
+    plain = Feed(settings, packed, world, read_here).score("train", clips=1, crops=1, micro_batch=4)
+    feed = Feed(settings, replace(packed, features=features.opened(places)), world, read_here)
+    for one, other in zip(plain, feed.score("train", clips=1, crops=1, micro_batch=4), strict=True):
+        assert not other.features and one.clips.equal(other.clips) and other.clips.shape[1] == config.data.frames
+    assert next(iter(feed.score("validation", clips=1, crops=1, micro_batch=4))).features
+
+
 def test_a_trained_stream_sees_the_clips_of_the_cached_one(config, places, tmp_path):
     half = override(config, ["model.motion.frozen=false", "train.epochs=2"])
     settings = cached(half)

@@ -224,6 +224,17 @@ def test_a_finished_run_is_told_and_more_epochs_go_on(whole):
     assert result["steps"] == 9 and losses(longer)[:6] == losses(config)[:6]
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_labels_is_refused_before_training(config, split):
+    packed = fit.open_set(config)
+    fit._check_labels(config.data, packed)
+    packed.indices[split].label[3:5] = -1
+    with pytest.raises(
+        DataError, match=rf"data\.{split}_split: 2 of the \d+ videos of '{split}' have no label, the first is '"
+    ):
+        fit._check_labels(config.data, packed)
+
+
 def test_another_config_is_refused_with_the_fields_that_differ(whole):
     other = override(whole[0], ["train.learning_rate=0.5", "model.fusion.heads=2"])
     with pytest.raises(CheckpointError, match=r"train\.learning_rate: 0\.001 -> 0\.5") as error:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vidfuse.config.augment import Augment
+from vidfuse.config.augment import Augment, Temporal
 from vidfuse.config.section import Section, check_range
 
 
@@ -103,7 +103,13 @@ class DataConfig(Section):
             raise ValueError(
                 f"frame_cache is a folder on each machine's local disk, named from its root (/...), given {self.frame_cache!r}"
             )
-        fastest = self.augment.temporal.speed[1]
+        temporal, plain = self.augment.temporal, Temporal()
+        moved = [name for name in Temporal.model_fields if getattr(temporal, name) != getattr(plain, name)]
+        if self.sampling == "single" and moved:
+            raise ValueError(
+                f"augment.temporal.{moved[0]} is about frames of a clip, which under sampling=single are all the same one; leave it out"
+            )
+        fastest = temporal.speed[1]
         if self.sampling == "uniform" and fastest > 1:
             raise ValueError(
                 f"augment.temporal.speed is at most 1 under sampling=uniform, which covers the video, given {fastest:g}"

@@ -67,6 +67,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _uses_all_that_is_hard(self) -> Config:
+        easy = self.data.curriculum
+        if easy is not None and easy.start < 1 and easy.epochs >= self.train.epochs:
+            raise ValueError(
+                f"data.curriculum.epochs is {easy.epochs}, but train.epochs is {self.train.epochs}: the hardest videos would never be used; "
+                "make it smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _caches_what_is_fixed(self) -> Config:
         if self.data.features == "off":
             return self

@@ -69,17 +69,26 @@ class Draws:
         """Itself, if every epoch of it can be made.
 
         Raises:
-            DataError: a sample would be used too often, or the easiest of the curriculum weigh nothing.
+            DataError: in an epoch a sample would be used too often, or all that it draws from weigh nothing.
         """
-        weights = self.weights if self.weights is not None else np.ones(samples)
+        weights, pools = self.weights if self.weights is not None else np.ones(samples), [samples]
         if self.difficulty is not None and self.curriculum is not None:
-            pool = math.ceil(pool_share(self.curriculum, 0) * samples)
-            weights = weights[np.argsort(self.difficulty, kind="stable")[:pool]]
-        if not weights.sum() > 0 or weights.max() / weights.sum() * samples > MOST_USES - 1:
-            raise DataError(
-                f"data.weighting, data.curriculum: a sample would be used more than {MOST_USES - 1} times in an epoch of {samples} "
-                "(or none at all); make the weights less uneven, or raise data.curriculum.start"
-            )
+            weights = weights[np.argsort(self.difficulty, kind="stable")]
+            shares = [pool_share(self.curriculum, epoch) for epoch in range(self.curriculum.epochs + 1)]
+            pools = [math.ceil(share * samples) for share in shares]
+        most, totals = np.maximum.accumulate(weights), np.cumsum(weights)
+        for epoch, last in enumerate(pool - 1 for pool in pools):
+            if not totals[last] > 0:
+                raise DataError(
+                    f"data.weighting, data.curriculum: all samples that epoch {epoch} draws from have the weight 0; give some of them "
+                    "another one, or raise data.curriculum.start"
+                )
+            if (uses := most[last] / totals[last] * samples) > MOST_USES - 1:
+                raise DataError(
+                    f"data.weighting, data.curriculum: a sample would be used {uses:,.0f} times in epoch {epoch}, which has {samples:,} "
+                    f"uses in all; {MOST_USES - 1} are the most. Make the weights less uneven (a CSV file in place of `balanced`), or raise "
+                    "data.curriculum.start"
+                )
         return self
 
 
@@ -94,17 +103,18 @@ def balanced(labels: npt.NDArray[np.integer]) -> Values:
     return 1.0 / counts[which]
 
 
-def read_values(content: bytes, index: SplitIndex, where: str) -> Values:
+def read_values(content: bytes, index: SplitIndex, where: str, *, least: float = 0.0) -> Values:
     """A number for each sample of a split, from CSV with the columns `key,value`.
 
     Args:
         content: of the file.
         index: of the split.
         where: for messages.
+        least: Smallest number that is allowed.
 
     Raises:
-        DataError: other columns, a key that is no sample's or is there twice, a sample without a value, or a value that is not a
-            number of at least 0.
+        DataError: no CSV in UTF-8, other columns, a key that is no sample's or is there twice, a sample without a value, or a value that is
+            no number or too small.
     """
     rows = {str(key): row for row, key in enumerate(index.key)}
     values = np.full(len(index), np.nan)
@@ -119,14 +129,22 @@ def read_values(content: bytes, index: SplitIndex, where: str) -> Values:
                 raise DataError(
                     f"{where}, line {reader.line_num}: key {line['key']!r} {fault}; give each sample of the split once"
                 )
-            values[row] = float(line["value"])
-            if not 0 <= values[row] < math.inf:
-                raise ValueError
-    except DataError:
-        raise
-    except (ValueError, TypeError):
-        raise DataError(f"{where}: line {reader.line_num} has no number of at least 0 after the key") from None
+            values[row] = _number(line["value"])
+            if not least <= values[row] < math.inf:
+                wanted = "number" if math.isinf(least) else f"number of at least {least:g}"
+                raise DataError(f"{where}: line {reader.line_num} has no {wanted} after the key")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is no UTF-8; save the table as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{where}: line {reader.line_num} is no CSV: {error}") from None
     lacking = np.flatnonzero(np.isnan(values))
     if len(lacking):
         raise DataError(f"{where}: {len(lacking)} samples have no value, the first is {index.key[lacking[0]]!r}")
     return values
+
+
+def _number(value: str | None) -> float:
+    try:
+        return float(value or "nan")
+    except ValueError:
+        return math.nan

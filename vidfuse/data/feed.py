@@ -105,7 +105,9 @@ class Feed:
         The views of a sample follow each other; under `flip` each is followed by its mirror image.
         """
         index = self.packed.indices[split]
-        reader = self._reader(split, clips, crops, flip)
+        # the cache of the training split has training's clips
+        cached = (clips, crops, flip) == (1, 1, False) and split != self.config.data.train_split
+        reader = self._reader(split, clips, crops, flip, cached=cached)
         per_part = self._videos_per_part(reader, micro_batch, views=reader.views(None))
         world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
         mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
@@ -133,11 +135,11 @@ class Feed:
             mine = rank_rows(left if number == first else self.order(number), self.world).reshape(-1)
             yield from parts_of(index, mine, per_part, epoch=number)
 
-    def _reader(self, split: str, clips: int = 1, crops: int = 1, flip: bool = False) -> ClipReader:
-        """The reader of a split; testing views are cached for one clip and one crop alone."""
+    def _reader(self, split: str, clips: int = 1, crops: int = 1, flip: bool = False, *, cached: bool = True) -> ClipReader:
+        """The reader of a split; tokens come from its caches if it has any and these clips are in them."""
         packed, config = self.packed, self.config
         mirrored = mirrored_classes(packed.manifest.classes)
-        cached = {} if (clips, crops, flip) != (1, 1, False) else packed.features.get(split, {})
+        caches = packed.features.get(split, {}) if cached else {}
         streams = [name for name in ("semantic", "motion") if getattr(config.model, name) is not None]
         return ClipReader(
             packed.filesystem,
@@ -148,8 +150,8 @@ class Feed:
             crops,
             flip,
             mirrored,
-            features=tuple(cached[name] for name in sorted(cached)),
-            decodes=any(name not in cached for name in streams),
+            features=tuple(caches[name] for name in sorted(caches)),
+            decodes=any(name not in caches for name in streams),
         )
 
     def _videos_per_part(self, reader: ClipReader, batch_rows: int, *, views: int) -> int:

@@ -20,8 +20,7 @@ Classes = npt.NDArray[np.int64]
 
 NEVER = -1
 """In place of a class: clips of it are not mirrored."""
-OPPOSITES = {"left": "right", "leftward": "rightward", "leftwards": "rightwards", "clockwise": "counterclockwise"}
-OPPOSITES |= {other: word for word, other in OPPOSITES.items()}
+OPPOSITES = {"left": "right", "right": "left", "counterclockwise": "clockwise", "clockwise": "counterclockwise"}
 REVERSES = (
     ("opening", "closing"),
     ("folding", "unfolding"),
@@ -36,16 +35,19 @@ REVERSES = (
     ("left to", "right to"),
 )
 """Words that tell an action from what it looks like backwards."""
-_NO_SIDE = re.compile(r"\bright (out|away|side up)\b")
-"""Where `right` is no side: `pulling it right out as you remove your hand`."""
-_WORD = re.compile(rf"\b({'|'.join(OPPOSITES)})\b")
+_NO_SIDE = re.compile(
+    r"\b(?:right (?:out|away|side up)|all right|left ?overs?|cleft|(?:out|up|al|forth|birth|copy)right\w*)\b|\w*(?:[bf]right|wright)\w*"
+)
+"""Where `right` and `left` are no sides: `pulling it right out as you remove your hand`, `upright`, `bright`."""
+_SIDE = re.compile("counterclockwise|clockwise|left|right")
+"""In words, too: `leftwards`, `righthand`, `turnleft`."""
 
 
 def mirrored_classes(classes: Sequence[str]) -> Classes:
     """[K] the class of each class's mirrored clip: mostly itself; `NEVER` where that is no class."""
     names = [_plain(name) for name in classes]
     numbers = {name: number for number, name in enumerate(names)}
-    shown = [_WORD.sub(lambda found: OPPOSITES[found[0]], name) for name in names]
+    shown = [_SIDE.sub(lambda found: OPPOSITES[found[0]], name) for name in names]
     return np.array(
         [number if name == names[number] else numbers.get(name, NEVER) for number, name in enumerate(shown)], np.int64
     )
@@ -99,6 +101,7 @@ def check_directions(classes: Sequence[str], *, reverse: bool = False, flip: boo
 
 def _plain(name: str) -> str:
     """A name in small letters, words apart, without brackets; sides that are none are hidden."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\[\]_\s-]+", " ", name).lower().strip()
-    words = re.sub(r"\b(counter|anti) ?clockwise\b", "counterclockwise", re.sub(r" +", " ", words))
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=\d)|(?<=\d)(?=[A-Za-z])|[\[\]_\s-]+", " ", name).lower().strip()
+    words = re.sub(r"\b(?:(?:counter|anti) ?clock ?wise|a?ccw)\b", "counterclockwise", re.sub(r" +", " ", words))
+    words = re.sub(r"\b(?:clock wise|cw)\b", "clockwise", words)
     return _NO_SIDE.sub(lambda found: found[0].upper(), words)

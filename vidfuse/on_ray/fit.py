@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -37,7 +39,7 @@ from vidfuse.on_ray.room import check_buffer, ray_settings, reading, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.standby import stand_by
 from vidfuse.on_ray.standing import Heartbeat
-from vidfuse.on_ray.storage import StorageError, check_storage, exists, open_storage, read_bytes
+from vidfuse.on_ray.storage import StorageError, check_storage, is_file, open_storage, read_bytes
 from vidfuse.on_ray.stream import pull_through_ray
 from vidfuse.on_ray.trainer import Trainer
 from vidfuse.on_ray.waiting import Waiting
@@ -88,17 +90,18 @@ def _draws(data: DataConfig, index: SplitIndex) -> Draws:
         DataError: it is not of this split, or uses a sample too often.
     """
 
-    def values(field: str, url: str) -> Values:
+    def values(field: str, url: str, least: float) -> Values:
         filesystem, path = open_storage(url)
-        if not exists(filesystem, path):
+        if not is_file(filesystem, path):
             raise DataError(f"{field}: there is no file {url}")
-        return read_values(read_bytes(filesystem, path), index, f"{field}: {url}")
+        return read_values(read_bytes(filesystem, path), index, f"{field}: {url}", least=least)
 
     weights = difficulty = None
     if data.weighting is not None:
-        weights = balanced(index.label) if data.weighting == "balanced" else values("data.weighting", data.weighting)
+        balance = data.weighting == "balanced"
+        weights = balanced(index.label) if balance else values("data.weighting", data.weighting, 0.0)
     if data.curriculum is not None:
-        difficulty = values("data.curriculum.difficulty", data.curriculum.difficulty)
+        difficulty = values("data.curriculum.difficulty", data.curriculum.difficulty, -math.inf)
     return Draws(weights, difficulty, data.curriculum).check(len(index))
 
 
@@ -112,6 +115,7 @@ def check(config: Config) -> PackedSet:
         ConfigError, DataError, StorageError, CheckpointError: one clear message.
     """
     packed = open_set(config)
+    _check_labels(config.data, packed)
     check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0)
     check_storage(config.run.storage, write=True)
     tracking.check(config.tracking)
@@ -126,6 +130,18 @@ def check(config: Config) -> PackedSet:
     if state is not None:
         check_matches(state, config, manifest=packed.manifest, frozen=state.frozen, draws=packed.draws.digest)
     return packed
+
+
+def _check_labels(data: DataConfig, packed: PackedSet) -> None:
+    """Refuse splits whose videos have no labels: there is nothing to learn or to score from."""
+    for field, split in (("train_split", data.train_split), ("validation_split", data.validation_split)):
+        index = packed.indices[split]
+        bare = np.flatnonzero(index.label < 0)
+        if len(bare):
+            raise DataError(
+                f"data.{field}: {len(bare)} of the {len(index)} videos of {split!r} have no label, the first is {index.key[bare[0]]!r}; "
+                "take a split of which all have one"
+            )
 
 
 def _check_frame_cache(data: DataConfig) -> None:

@@ -109,6 +109,11 @@ def exists(fs: Any, path: str) -> bool:
     return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
 
+def is_file(fs: Any, path: str) -> bool:
+    """Whether a file is there."""
+    return bool(fs.get_file_info(path).type == pafs.FileType.File)
+
+
 def list_files(fs: Any, folder: str) -> dict[str, int]:
     """Names of the files directly in a folder with their sizes in bytes, sorted; empty where there is no such folder."""
     infos = fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
