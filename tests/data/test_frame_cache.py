@@ -215,6 +215,27 @@ def test_a_clip_larger_than_the_bound_is_not_kept(tmp_path, work, caplog):
     assert held(cache) == [] and len(caplog.records) == 1
 
 
+def test_a_share_of_the_disk_is_left_free(tmp_path, monkeypatch, caplog):
+    """Others write to a disk that holds 50 entries; the cache gives way to them, and takes what they give back."""
+    others = [0]
+
+    def usage(folder: Path) -> tuple:
+        used = others[-1] * ENTRY + _total(Path(folder))
+        return type(disk_usage(folder))(50 * ENTRY, used, 50 * ENTRY - used)
+
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(frame_cache.shutil, "disk_usage", usage)
+    cache = FrameCache(str(tmp_path), 40 * ENTRY)
+    most = []
+    for count in (0, 20, 45, 47, 5):
+        others.append(count)
+        for number in range(60):
+            cache.store(key(number), clip_of(number))
+        most.append(_total(tmp_path) // ENTRY)
+    assert most == [40, 27, 2, 0, 40]
+    assert len(caplog.records) == 1 and "with 6% of the disk left free" in caplog.text
+
+
 def test_what_is_left_of_a_process_that_died_goes_when_there_is_no_room(tmp_path):
     cache = FrameCache(str(tmp_path), 3 * ENTRY)
     cache.store(key(0), clip_of(0))

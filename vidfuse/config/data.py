@@ -70,7 +70,7 @@ class DataConfig(Section):
     """Folder on each machine's local disk in which clips are kept that come again, decoded, cropped and resized: validation's, testing's,
     and training's if `views` is a number. `null`: none are."""
     frame_cache_bytes: int = Field(64 * 1024**3, ge=1)
-    """Most that is kept on a machine, in bytes; the least recently used clips go."""
+    """Most that is kept on a machine, in bytes; the least recently used clips go. 6 % of the disk are left free in any case."""
     block_bytes: int = Field(16 * 1024**2, ge=1)
     """Decoded clips of a block, in bytes; at least one micro batch. A Ray Data task reads and gives one to four blocks."""
     cpus_per_task: float = Field(0.5, gt=0)

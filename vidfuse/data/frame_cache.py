@@ -5,7 +5,8 @@
     <folder>/clips-<format>/bytes                    what is held, as a number; who writes it locks it
 
 Comes in: the key of a clip, which names its pixels whatever they are wanted for (`key_of`). Goes out: the clip, if it is there and
-whole. An entry appears by renaming. When there is no room the least recently used entries go, a tenth of the bound at once.
+whole. An entry appears by renaming. When there is no room, within the bound or on the disk, the least recently used entries go, a tenth at
+once.
 Whatever fails costs the entry and a warning, never the reading. Nothing is unpickled.
 """
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 import zlib
@@ -36,6 +38,8 @@ from vidfuse.data.transforms import Box
 
 FORMAT = 2
 """Of an entry; raised, too, when a version of vidfuse makes other pixels of the same key."""
+FREE_SHARE = 0.06
+"""Of the disk that is left to others: Ray (2.60) writes nothing more to one that is 95 % full, and a training on it may stop."""
 LOCK_SECONDS = 5.0
 """How long the lock is waited for. Then the clip is not kept."""
 STALE_SECONDS = 3600.0
@@ -135,10 +139,17 @@ class FrameCache:
         with _locked(self.root / "bytes") as file:
             known = os.pread(file, _NUMBER_BYTES, 0)
             held = int(known) if known.isdigit() else self._shrunk(self.most_bytes)
-            if held + size > self.most_bytes:  # the count is never too small, and too large after replacements and crashes
-                held = self._shrunk(min(self.most_bytes * 9 // 10, self.most_bytes - size))
-            if held + size > self.most_bytes:
-                raise OSError(errno.ENOSPC, f"{size:,} bytes do not fit into data.frame_cache_bytes={self.most_bytes:,}")
+            disk = shutil.disk_usage(self.root)
+            room = disk.free - int(FREE_SHARE * disk.total)
+            if size > min(room, self.most_bytes - held):
+                held = self._shrunk(
+                    self.most_bytes
+                )  # the count is never too small, and too large after replacements and crashes
+                bound = min(self.most_bytes, held + room)
+                held = self._shrunk(min(bound * 9 // 10, bound - size)) if held + size > bound else held
+                if held + size > bound:
+                    given = f"data.frame_cache_bytes={self.most_bytes:,} with {FREE_SHARE:.0%} of the disk left free"
+                    raise OSError(errno.ENOSPC, f"{size:,} bytes do not fit into {given}")
             with part.open("xb") as entry:
                 entry.truncate(size)
             os.pwrite(file, b"%020d" % (held + size), 0)
