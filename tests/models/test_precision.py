@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU without instructions for it: the same values, rounded once, in forward, backward and recomputation."""
+"""bfloat16 on a CPU: the same values, rounded once, in forward, backward and recomputation, whatever it has instructions for."""
 
 from __future__ import annotations
 
@@ -59,3 +59,28 @@ def test_float32_is_left_alone(monkeypatch):
     x, layer = torch.randn(2, 16), nn.Linear(16, 8)
     with precision.bfloat16_arithmetic(x):
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [(3, (2, 4, 4)), (3, (4, 4, 4)), ((5, 1, 1), (3, 6, 6)), ((3, 1, 1), (2, 8, 8)), (3, (1, 1, 1))]
+)
+def test_gradients_of_kernels_longer_than_their_input(native, kernel, size, autocast):
+    """oneDNN's own are wrong, and others each time: memory that was freed before is made not a number for it to be found there."""
+    torch.manual_seed(0)
+    whole = nn.Conv3d(32, 64, kernel, padding=tuple(k // 2 for k in nn.Conv3d(1, 1, kernel).kernel_size))
+    whole.weight.data = whole.weight.data.bfloat16().float()
+    x = torch.randn(2, 32, *size).bfloat16()
+    want = torch.randn(2, 64, *size).bfloat16()
+    whole(x.float()).backward(want.float())
+    layer = nn.Conv3d(32, 64, kernel, padding=whole.padding)
+    layer.load_state_dict(whole.state_dict())
+    layer = layer if autocast else layer.bfloat16()
+    for _ in range(4):
+        del [torch.full((200_000,), torch.nan) for _ in range(20)][:]
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), precision.bfloat16_arithmetic(x):
+            got = layer(x.float() if autocast else x)
+        got.backward(want)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(layer.weight.grad.float(), whole.weight.grad, rtol=0.02, atol=0.05)

@@ -1,8 +1,10 @@
-"""bfloat16 on CPUs that have no instructions for it.
+"""bfloat16 on CPUs: what has no instructions there, or whose gradients come out wrong, is computed in float32.
 
-There PyTorch's bfloat16 products and convolutions are slow loops (measured on an AVX2 core: ten times the time of float32).
-`bfloat16_arithmetic` has them computed in float32 from the bfloat16 values and rounded back, which is also what hardware with
-such instructions does (products in float32, sums in float32, result rounded). Comes in and goes out: nothing but time changes.
+Without such instructions PyTorch's bfloat16 products and convolutions are slow loops (measured on an AVX2 core: ten times the time of
+float32). With them, oneDNN 3.11 (PyTorch 2.12) gives wrong gradients of the weights of a 3-D convolution whose kernel is longer than
+what it goes over: a kernel of 3 over 2 frames, as at the end of R3D-18 on 16 frames, gives anything from 1 to NaN; one of 7 over 6 frames
+also writes where it may not. `bfloat16_arithmetic` computes these in float32 from the bfloat16 values and rounds back, which is also
+what hardware with such instructions does (products in float32, sums in float32, result rounded). Comes in and goes out: the same values.
 """
 
 from __future__ import annotations
@@ -23,10 +25,16 @@ PRODUCTS = frozenset(
         *(torch.matmul, torch.bmm, torch.einsum, Tensor.matmul, Tensor.bmm, Tensor.__matmul__),
     }
 )
-"""What is computed in float32."""
+"""What is computed in float32 where there is nothing for it."""
 
 
 class _InFloat32(TorchFunctionMode):
+    """Computes in float32 what `chosen` says of a function and its arguments."""
+
+    def __init__(self, chosen: Callable[[Any, tuple[Any, ...]], bool]) -> None:
+        super().__init__()
+        self._chosen = chosen
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -34,14 +42,24 @@ class _InFloat32(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func not in PRODUCTS or not any(_is_bfloat16(value) for value in args):
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if not self._chosen(func, args) or not (autocast or any(map(_is_bfloat16, args))):
             return func(*args, **(kwargs or {}))
-        return func(*map(_up, args), **{name: _up(value) for name, value in (kwargs or {}).items()}).bfloat16()
+        up = _rounded if autocast else _up
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(up, args), **{name: up(value) for name, value in (kwargs or {}).items()}).bfloat16()
 
 
 def bfloat16_arithmetic(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context for a forward pass on the device of `like`: it does something on CPUs without bfloat16 alone."""
-    return _InFloat32() if like.device.type == "cpu" and not _has_bfloat16() else contextlib.nullcontext()
+    """A context for a forward pass on the device of `like`; on a GPU it does nothing."""
+    if like.device.type != "cpu":
+        return contextlib.nullcontext()
+    return _InFloat32(_hangs_over if _has_bfloat16() else lambda func, args: func in PRODUCTS)
+
+
+def _hangs_over(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether it is a 3-D convolution with a kernel that is longer than its input somewhere."""
+    return func is F.conv3d and any(size < kernel for size, kernel in zip(args[0].shape[-3:], args[1].shape[-3:], strict=True))
 
 
 @cache
@@ -55,3 +73,8 @@ def _is_bfloat16(value: Any) -> bool:
 
 def _up(value: Any) -> Any:
     return value.float() if _is_bfloat16(value) else value
+
+
+def _rounded(value: Any) -> Any:
+    """What autocast would compute from, in float32."""
+    return value.bfloat16().float() if isinstance(value, Tensor) and value.is_floating_point() else value
