@@ -6,6 +6,7 @@ import contextlib
 import math
 
 import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from tests.train.local import config, packed, pull
 from vidfuse.data.feed import Feed
@@ -58,6 +59,14 @@ def test_losses_that_are_not_finite_are_counted(tmp_path, monkeypatch):
     figures = [some for some in wild if "loss" in some]
     bad = sum(not math.isfinite(some["loss"]) for some in figures)
     assert bad and figures[-1]["nonfinite_losses_total"] == bad
+
+
+def test_gradients_that_are_not_finite_are_counted(tmp_path, monkeypatch):
+    """Clipped by an infinite norm they are 0: the loss stays finite, and nothing is learnt."""
+    monkeypatch.setattr(DeepSpeedEngine, "get_global_grad_norm", lambda _: math.inf)
+    figures = [some for some in told(tmp_path, monkeypatch) if "loss" in some]
+    assert [some["nonfinite_losses_total"] for some in figures] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(some["loss"]) for some in figures)
 
 
 class Seen(Told):

@@ -70,7 +70,7 @@ def _rows() -> Iterator[Metric]:
     yield Metric("clips_per_second", "gauge", "rank 0", "clips/s", "clips that all workers together train on, since it was told last")
     yield Metric("data_wait_ratio", "gauge", "worker", "0 to 1", "share of a step's time spent waiting for data")
     yield Metric("loss", "gauge", "rank 0", "", "training loss of the newest step that was looked at; none while it is not finite")
-    yield Metric("nonfinite_losses_total", "counter", "rank 0", "steps", "steps that were looked at and whose loss was NaN or infinite")
+    yield Metric("nonfinite_losses_total", "counter", "rank 0", "steps", "looked-at steps whose loss, or gradient (not fp16), is not finite")
     yield Metric("accuracy_ratio", "gauge", "rank 0", "0 to 1", "training accuracy of the newest step that was looked at")
     yield Metric("gradient_norm", "gauge", "rank 0", "", "norm of the gradient, before clipping")
     yield Metric("learning_rate", "gauge", "rank 0", "", "the schedule's learning rate")

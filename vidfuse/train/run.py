@@ -396,7 +396,8 @@ class Run:
         if self.record is None:
             return
         train, loss = self.config.train, result.loss
-        self._nonfinite += not math.isfinite(loss)
+        # fp16 scales losses until gradients overflow, and skips those steps
+        self._nonfinite += not math.isfinite(loss if train.precision == "fp16" else loss + result.grad_norm)
         self.worker.tell(
             {
                 "step": self.state.step,
