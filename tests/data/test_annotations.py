@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from tests.support import shared_data
 from vidfuse.config import LayoutConfig
+from vidfuse.data import decode, tars
 from vidfuse.data.annotations.source import Source, split_of
 from vidfuse.data.labels import KINETICS400_CLASSES, SSV2_CLASSES
 from vidfuse.data.layouts import read_layout
-from vidfuse.data.shards import DataError
+from vidfuse.data.shards import DataError, SampleMeta
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -51,6 +55,44 @@ def keys(source: Source) -> dict[str, list[tuple[str, int | None]]]:
 )
 def test_the_split_that_a_name_tells(name, split):
     assert split_of(name) == split
+
+
+FORMATS = {
+    "mp4": ("mp4", "mpeg4"),
+    "webm": ("webm", "libvpx"),
+    "avi": ("avi", "mpeg4"),
+    "mkv": ("matroska", "mpeg4"),
+    "mov": ("mov", "mpeg4"),
+    "mpg": ("mpeg", "mpeg1video"),
+    "mpeg": ("mpeg", "mpeg2video"),
+    "m4v": ("mp4", "mpeg4"),
+    "wmv": ("asf", "wmv2"),
+    "flv": ("flv", "flv"),
+    "ts": ("mpegts", "mpeg2video"),
+    "3gp": ("3gp", "h263"),
+}
+"""FFmpeg's names of a container and of a codec that is usual in it."""
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_each_suffix_is_listed_stored_and_decoded(tmp_path, suffix):
+    container, codec = FORMATS[suffix]
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        for shade in range(12):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((144, 176, 3), 20 * shade, np.uint8), format="rgb24")))
+        file.mux(stream.encode())
+    touch(tmp_path, f"train/run/a.{suffix.upper()}", f"train/walk/b.{suffix}", f"val/run/c.{suffix}")
+    assert keys(read_layout(tmp_path)) == {"train": [("a", 0), ("b", 1)], "validation": [("c", 0)]}
+    info = decode.probe(out.getvalue())
+    assert (info.frames, info.width, info.height) == (12, 176, 144)
+    meta = SampleMeta(key="a", label=0, text="run", duration=0.48, frames=12, fps=25, width=176, height=144, sha256="0" * 64)
+    shard = io.BytesIO()
+    tars.write_shard(shard, [(meta, suffix, out.getvalue())])
+    shard.seek(0)
+    assert [row.suffix for row in tars.index_rows(shard)] == [suffix]
 
 
 # --- Kinetics ---

@@ -37,7 +37,8 @@ FORMAT = 2
 """Of the manifest and the index."""
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.json"
-VIDEO_SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov")
+VIDEO_SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov", "mpg", "mpeg", "m4v", "wmv", "flv", "ts", "3gp")
+"""Of files that are packed, and of a shard's members; the decoder looks at the content alone."""
 META_SUFFIX = "json"
 _KEY = re.compile(r"[A-Za-z0-9_+=,@()-]{1,90}")
 
