@@ -95,6 +95,21 @@ def test_each_suffix_is_listed_stored_and_decoded(tmp_path, suffix):
     assert [row.suffix for row in tars.index_rows(shard)] == [suffix]
 
 
+def test_only_files_are_videos(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    for number in range(12):
+        (tmp_path / f"{number:02d}.mp4").symlink_to("/nowhere/at.mp4")
+    (tmp_path / "frames.mp4").mkdir()
+    write(tmp_path / "train.txt", "a.mp4 0", "b.mp4 1", "frames.mp4 1", *(f"{number:02d}.mp4 1" for number in range(12)))
+    assert "names 13 of 15 videos that are not there: frames.mp4, 00.mp4, " in fault(tmp_path)
+    source = read_layout(tmp_path, options=LayoutConfig(allow_missing=0.87))
+    assert keys(source) == {"train": [("a", 0), ("b", 1)]}
+    assert len(source.absent) == 13
+    touch(tmp_path, "train/run/a.mp4", "train/walk/b.mp4")
+    (tmp_path / "train/walk/frames.mp4").mkdir()
+    assert keys(read_layout(tmp_path, "tree")) == {"train": [("a", 0), ("b", 1)]}
+
+
 # --- Kinetics ---
 
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from tests.support import make_ssv2, make_ucf101
 from vidfuse.config import TranscodeConfig
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.planning import make_plan
+from vidfuse.data.shards import DataError
 
 SHARD, OTHER = 64_000, 90_000
 
@@ -35,3 +38,15 @@ def test_a_video_larger_than_a_shard_has_its_own(tmp_path):
     big.write_bytes(bytes(3 * SHARD))
     plan = make_plan(read_layout(tmp_path), tmp_path, SHARD)
     assert [p.video.key for p in next(s for s in plan.shards if s.bytes > SHARD).videos] == ["v_Yoga_g01_c01"]
+
+
+def test_videos_that_went_away_are_told_together(tmp_path):
+    folder = make_ssv2(tmp_path, {"train": 24, "validation": 2})
+    source = read_layout(folder)
+    for video in source.splits["train"][:12]:
+        (folder / video.path).unlink()
+    (folder / source.splits["train"][0].path).mkdir()
+    with pytest.raises(
+        DataError, match=r"12 of 24 videos cannot be packed: .*/1001\.\w+ \(not a file\), .*No such.* and 2 more"
+    ):
+        make_plan(source, folder, SHARD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from vidfuse.config import PackConfig, TranscodeConfig
 from vidfuse.data import shards
-from vidfuse.data.annotations.source import Source, SourceVideo
+from vidfuse.data.annotations.source import Source, SourceVideo, shown
 from vidfuse.data.shards import DataError, Recipe
 
 SHARD_BYTES = int(PackConfig().shard_bytes)
@@ -83,7 +84,7 @@ def make_plan(
         transcode: Form that they are brought into; `None`: they stay as they are.
 
     Raises:
-        DataError: too small a bound, or a file that is gone.
+        DataError: too small a bound, or videos that are gone or no files.
     """
     if shard_bytes < LEAST_SHARD_BYTES:
         raise DataError(f"--shard-bytes {shard_bytes}: at least {LEAST_SHARD_BYTES} (64KB); 256MB suits object storage")
@@ -98,17 +99,27 @@ def make_plan(
 
 def _measured(videos: Sequence[SourceVideo], folder: str) -> Iterator[PlannedVideo]:
     pieces = [videos[start : start + _STATS_A_TASK] for start in range(0, len(videos), _STATS_A_TASK)]
+    faults: list[str] = []
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        for planned in pool.map(lambda piece: [_measure(video, folder) for video in piece], pieces):
-            yield from planned
+        for answers in pool.map(lambda piece: [_measure(video, folder) for video in piece], pieces):
+            for answer in answers:
+                if isinstance(answer, str):
+                    faults.append(answer)
+                elif not faults:
+                    yield answer
+    if faults:
+        raise DataError(
+            f"{len(faults)} of {len(videos)} videos cannot be packed: {shown(faults)}; put files there, or unlist them"
+        )
 
 
-def _measure(video: SourceVideo, folder: str) -> PlannedVideo:
+def _measure(video: SourceVideo, folder: str) -> PlannedVideo | str:
     path = os.path.join(folder, video.path)  # noqa: PTH118  (a Path for each of 200,000 videos takes seconds)
     try:
-        return PlannedVideo(video, os.stat(path).st_size)  # noqa: PTH116
+        facts = os.stat(path)  # noqa: PTH116
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        return f"{path} ({error.strerror})"
+    return PlannedVideo(video, facts.st_size) if stat.S_ISREG(facts.st_mode) else f"{path} (not a file)"
 
 
 def _order(split: str, key: str) -> bytes:

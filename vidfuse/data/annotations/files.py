@@ -127,14 +127,17 @@ def is_video(name: str) -> bool:
 
 
 def videos_below(folder: Path, place: str = ".", depth: int = _DEPTH) -> list[str]:
-    """Paths below `folder` of the videos in a place of it and in its folders, sorted; hidden ones are left out."""
+    """Paths below `folder` of the videos in a place of it and in its folders, sorted.
+
+    Hidden ones are left out, and what is called like a video and is no file: a folder, a link to nothing.
+    """
     found: list[str] = []
     prefix = "" if place == "." else f"{place.rstrip('/')}/"
     with os.scandir(folder / place) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if is_video(entry.name):
+            if is_video(entry.name) and entry.is_file():
                 found.append(f"{prefix}{entry.name}")
             elif depth and entry.is_dir():
                 found += videos_below(folder, f"{prefix}{entry.name}", depth - 1)
