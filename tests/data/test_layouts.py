@@ -245,3 +245,15 @@ def test_archives_beside_the_annotations(ssv2):
     for part in range(12):
         (ssv2 / f"20bn-something-something-v2-{part:02d}").touch()
     assert "-09 and 2 more): unpack them first, cat 20bn-something-something-v2-?? | tar -xz" in fault(ssv2)
+
+
+def test_archives_in_folders_of_splits(tmp_path):
+    for name in ("train/part_0.tar.gz", "train/part_1.tar.gz", "val/part_0.tar.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    advice = (
+        "archives are there (train/part_0.tar.gz, train/part_1.tar.gz, val/part_0.tar.gz): unpack them first, cd train; tar -xf"
+    )
+    assert advice in fault(tmp_path)
+    (tmp_path / "train.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    assert advice in fault(tmp_path)

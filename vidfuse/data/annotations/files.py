@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ PLACES = (".", "annotations", "labels")
 SUFFIXES = ", ".join(f".{suffix}" for suffix in VIDEO_SUFFIXES)
 _DEPTH = 4
 """Folders in folders in which videos are looked for."""
+_ARCHIVE_DEPTH = 2
 _UNPACK = {
-    r".*\.zip": "unzip {name}",
-    r".*\.(tar|tar\.\w+|tgz|tbz2?|txz)": "tar -xf {name}",
-    r".*\.rar": "unrar x {name}",
-    r".*\.7z": "7z x {name}",
+    r"(?P<stem>.*)\.zip": "unzip {name}",
+    r"(?P<stem>.*)\.(tar|tar\.\w+|tgz|tbz2?|txz)": "tar -xf {name}",
+    r"(?P<stem>.*)\.rar": "unrar x {name}",
+    r"(?P<stem>.*)\.7z": "7z x {name}",
     r"(?P<stem>20bn-something-something-v2)-\d\d": "cat {stem}-?? | tar -xz",
 }
 
@@ -127,9 +128,14 @@ def is_video(name: str) -> bool:
 
 
 def videos_below(folder: Path, place: str = ".", depth: int = _DEPTH) -> list[str]:
-    """Paths below `folder` of the videos in a place of it and in its folders, sorted.
+    """Paths below `folder` of the videos in a place of it and in its folders, sorted (see `files_below`)."""
+    return files_below(folder, is_video, place, depth)
 
-    Hidden ones are left out, and what is called like a video and is no file: a folder, a link to nothing.
+
+def files_below(folder: Path, wanted: Callable[[str], bool], place: str = ".", depth: int = _DEPTH) -> list[str]:
+    """Paths below `folder` of the files of wanted names in a place of it and in its folders, sorted.
+
+    Hidden ones are left out, and what is called like a file and is none: a folder, a link to nothing.
     """
     found: list[str] = []
     prefix = "" if place == "." else f"{place.rstrip('/')}/"
@@ -137,11 +143,17 @@ def videos_below(folder: Path, place: str = ".", depth: int = _DEPTH) -> list[st
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if is_video(entry.name) and entry.is_file():
+            if wanted(entry.name) and entry.is_file():
                 found.append(f"{prefix}{entry.name}")
             elif depth and entry.is_dir():
-                found += videos_below(folder, f"{prefix}{entry.name}", depth - 1)
+                found += files_below(folder, wanted, f"{prefix}{entry.name}", depth - 1)
     return sorted(found)
+
+
+def folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def by_stem(folder: Path, place: str, videos: Iterable[str]) -> dict[str, str]:
@@ -170,14 +182,38 @@ def by_stem(folder: Path, place: str, videos: Iterable[str]) -> dict[str, str]:
 
 
 def archive_advice(folder: Path) -> str | None:
-    """How to unpack the archives that lie in a folder; `None`: none do."""
-    names = sorted(entry.name for entry in os.scandir(folder) if unpack_command(entry.name) and entry.is_file())
-    return f"archives are there ({shown(names)}): unpack them first, {unpack_command(names[0])}" if names else None
+    """How to unpack the archives that lie in a folder and in its folders; `None`: none do."""
+    paths = files_below(folder, _is_archive, depth=_ARCHIVE_DEPTH)
+    return _advice("archives are there", paths) if paths else None
+
+
+def packed_beside(folder: Path, places: Iterable[str]) -> str | None:
+    """How to unpack the archives in some places that are not unpacked beside themselves; `None`: there are none."""
+    paths = [path for place in places for path in files_below(folder, _is_archive, place, depth=0)]
+    packed = [path for path in paths if not (folder / path).with_name(_stem(path)).is_dir()]
+    return f"{_advice('archives lie beside them', packed)}, or move them away if that is done" if packed else None
 
 
 def unpack_command(name: str) -> str | None:
     """The command that unpacks a file of this name; `None`: it is no archive."""
-    for pattern, command in _UNPACK.items():
-        if match := re.fullmatch(pattern, name, flags=re.IGNORECASE):
-            return command.format(name=name, **match.groupdict())
-    return None
+    match, command = _unpacking(name)
+    return command.format(name=name, **match.groupdict()) if match else None
+
+
+def _advice(what: str, paths: list[str]) -> str:
+    place, _, name = paths[0].rpartition("/")
+    return f"{what} ({shown(paths)}): unpack them first, {f'cd {place}; ' if place else ''}{unpack_command(name)}"
+
+
+def _is_archive(name: str) -> bool:
+    return _unpacking(name)[0] is not None
+
+
+def _stem(path: str) -> str:
+    match, _ = _unpacking(path.rpartition("/")[2])
+    return match["stem"] if match else ""
+
+
+def _unpacking(name: str) -> tuple[re.Match[str] | None, str]:
+    found = ((re.fullmatch(pattern, name, flags=re.IGNORECASE), command) for pattern, command in _UNPACK.items())
+    return next((pair for pair in found if pair[0]), (None, ""))
