@@ -280,6 +280,90 @@ def test_folders_without_classes(tmp_path):
     assert "no videos (.mp4" in fault(tmp_path / "empty", "tree")
 
 
+def test_classes_that_a_set_would_lack(tree):
+    for name in ("swim", "dive"):
+        (tree / name).mkdir()
+    assert "is in the class folders dive, swim; put their videos there, or remove these folders" in fault(tree, holdout=0.2)
+    for number in range(12):
+        (tree / f"hop{number:02d}.rar").touch()
+    advice = "hop09.rar and 2 more): unpack them first, unrar x hop00.rar, or move them away if that is done"
+    assert "class folders dive, swim; archives lie beside them (hop00.rar, " in fault(tree, holdout=0.2)
+    for name in ("swim", "dive"):
+        (tree / name).rmdir()
+    assert advice in fault(tree, holdout=0.2)
+    for file in tree.glob("hop*.rar"):
+        file.rename(tree / "run.rar")
+    (tree / "labels").mkdir()
+    assert read_layout(tree, options=LayoutConfig(holdout=0.2)).classes == ("run", "sit", "walk"), "run.rar is unpacked"
+
+
+def test_classes_of_split_folders_that_a_set_would_lack(tmp_path):
+    touch(tmp_path, "train/run/a.mp4", "train/walk/b.mp4", "val/run/c.mp4")
+    (tmp_path / "train/swim").mkdir()
+    assert "is in the class folders train/swim; put their videos there" in fault(tmp_path)
+    (tmp_path / "train/swim").rmdir()
+    (tmp_path / "val/walk.zip").touch()
+    assert "(val/walk.zip): unpack them first, cd val; unzip walk.zip, or move" in fault(tmp_path)
+
+
+def test_a_group_of_a_class_is_held_out_whole(tmp_path):
+    touch(tmp_path, *(f"{name}/v_{name}_{g:02d}/{n}.mpg" for name in ("run", "walk") for g in range(10) for n in range(4)))
+    source = read_layout(tmp_path, options=LayoutConfig(holdout=0.2))
+    assert (source.classes, source.unlisted) == (("run", "walk"), 0)
+    groups = [{video.path.rpartition("/")[0] for video in videos} for videos in source.splits.values()]
+    assert [len(group) for group in groups] == [16, 4]
+    assert not groups[0] & groups[1]
+
+
+def test_folders_of_which_the_classes_cannot_be_told(tmp_path):
+    touch(tmp_path, *(f"a/videos/{name}/{n}.mp4" for name in ("run", "walk") for n in range(2)))
+    write(tmp_path / "a/notes/split.csv", "a,b")
+    for options in ({}, {"holdout": 0.5}):
+        words = (
+            f"one class alone, 'videos'; at least two classes are needed: videos are a level deeper; give {tmp_path}/a/videos;"
+        )
+        assert f"{words} these were not taken for annotations: notes/split.csv" in fault(tmp_path / "a", **options)
+    touch(tmp_path, *(f"b/part{part}/{name}/x.mp4" for name in ("run", "walk") for part in (1, 2)))
+    words = "which folders are the classes, part1, part2 or those in them, run, walk? Give the folder of the classes"
+    assert words in fault(tmp_path / "b", holdout=0.5)
+    touch(tmp_path, *(f"c/{name}/{split}/x.mp4" for name in ("run", "walk") for split in ("train", "val")))
+    assert "the classes, run, walk or those in them, train, val?" in fault(tmp_path / "c", holdout=0.5)
+    touch(tmp_path, "d/train/videos/run/a.mp4", "d/train/videos/walk/b.mp4")
+    assert f"videos are a level deeper; move what is in {tmp_path}/d/train/videos up" in fault(tmp_path / "d")
+    touch(tmp_path, "e/val/run/a.mp4", "e/val/walk/b.mp4")
+    (tmp_path / "e/train/run").mkdir(parents=True)
+    for options in ({}, {"holdout": 0.5}):
+        assert "no training videos: val/ has some, and no train/<class>/; put them there" in fault(tmp_path / "e", **options)
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    touch(tmp_path, *(f"{split}/{n}.mp4" for split in ("train", "val", "test") for n in range(3)))
+    write(tmp_path / "more/deep/train.csv", "some,thing")
+    for options in ({}, {"holdout": 0.5}):
+        words = fault(tmp_path, **options)
+        assert "videos are directly in train/, val/, and no annotations tell their classes: put them into folders" in words
+        assert "a CSV with youtube_id (Kinetics), train*.txt" in words
+        assert words.endswith("these were not taken for annotations: more/deep/train.csv")
+    write(tmp_path / "lists/train.txt", "0.mp4 0", "1.mp4 1")
+    assert keys(read_layout(tmp_path))["train"] == [("0", 0), ("1", 1)]
+
+
+def test_annotations_that_are_not_read_are_told_before_a_hold_out(tree):
+    write(tree / "run/split.txt", "x")
+    assert fault(tree).endswith("put them into train/ and val/; these were not taken for annotations: run/split.txt")
+    write(tree / "old/split.csv", "x")
+    words = "class folders old; put their videos there, or remove these folders; these were not taken for annotations: old/split.csv"
+    assert words in fault(tree)
+
+
+def test_names_that_are_not_utf8(tree):
+    for number in range(12):
+        (tree / f"run/caf{number:02d}\udce9.mp4").touch()
+    words = fault(tree, holdout=0.2)
+    assert "names that are not UTF-8 (12): run/caf00\\xe9.mp4, " in words
+    assert words.endswith("run/caf09\\xe9.mp4 and 2 more; rename them")
+
+
 # --- lists ---
 
 

@@ -12,15 +12,11 @@ from pathlib import Path
 
 from vidfuse.config import LayoutConfig
 from vidfuse.data.annotations import kinetics, lists, ssv2, tree, ucf101
-from vidfuse.data.annotations.files import archive_advice, unpack_command
+from vidfuse.data.annotations.files import NEEDED, archive_advice, unpack_command, unread
 from vidfuse.data.annotations.source import Source, check_videos
 from vidfuse.data.shards import DataError
 
 LAYOUTS = {"ssv2": ssv2, "ucf101": ucf101, "kinetics": kinetics, "list": lists, "tree": tree}
-_NEEDED = (
-    "labels/labels.json (Something-Something-V2), classInd.txt (UCF101), a CSV with youtube_id (Kinetics), train*.txt or"
-    " train*.csv (lists), or folders of classes with videos in them"
-)
 
 
 def read_layout(folder: str | Path, layout: str | None = None, options: LayoutConfig | None = None) -> Source:
@@ -59,7 +55,11 @@ def detect_layout(folder: Path) -> str:
         advice = archive_advice(folder)
         raise DataError(
             f"{folder}: no annotations; "
-            + (advice or f"a folder is needed that holds {_NEEDED}, as the data set is distributed")
+            + (
+                advice
+                or f"a folder is needed that holds {NEEDED}, or folders of classes with videos in them, as the data set is"
+                f" distributed{unread(folder)}"
+            )
         )
     return found[0] if found else "tree"
 

@@ -14,8 +14,13 @@ from vidfuse.data.shards import VIDEO_SUFFIXES, DataError
 
 CLASS_FILES = ("classes.txt", "labels.txt", "label_map.txt")
 """Files of class names, besides `label_map_*.txt`."""
-PLACES = (".", "annotations", "labels")
+PLACES = (".", "annotations", "labels", "lists")
 """Where lists are looked for, below a source's folder."""
+NEEDED = (
+    "labels/labels.json (Something-Something-V2), classInd.txt (UCF101), a CSV with youtube_id (Kinetics), train*.txt or"
+    " train*.csv (lists; there, in annotations/, labels/ or lists/)"
+)
+"""What annotations are called."""
 SUFFIXES = ", ".join(f".{suffix}" for suffix in VIDEO_SUFFIXES)
 _DEPTH = 4
 """Folders in folders in which videos are looked for."""
@@ -97,7 +102,7 @@ def class_file(folder: Path, given: str | None) -> Path | None:
     """
     if given is not None:
         return Path(given)
-    files = [file for file in text_files(folder, ".txt") if file.name in CLASS_FILES or file.name.startswith("label_map_")]
+    files = [file for file in text_files(folder, ".txt") if _names(file.name)]
     if len(files) > 1:
         raise DataError(f"{folder}: {', '.join(map(str, files))} are all lists of classes; name the right one with --classes")
     return files[0] if files else None
@@ -112,6 +117,18 @@ def text_files(folder: Path, *suffixes: str) -> list[Path]:
                 names = sorted(entry.name for entry in entries if entry.name.endswith(suffixes) and entry.is_file())
             found += [folder / place / name for name in names]
     return found
+
+
+def unread(folder: Path) -> str:
+    """Words on the files of a folder that may be annotations and were not taken for any; empty: there are none."""
+    files = [path for path in files_below(folder, lambda name: name.endswith((".csv", ".txt", ".json"))) if not _names(path)]
+    return f"; these were not taken for annotations: {shown(files)}" if files else ""
+
+
+def _names(path: str) -> bool:
+    """Whether a file is called like a list of classes."""
+    name = path.rpartition("/")[2]
+    return name in CLASS_FILES or (name.startswith("label_map_") and name.endswith(".txt"))
 
 
 def find(folder: Path, names: Iterable[str]) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -92,9 +93,9 @@ def leave_out(
 
 
 def shown(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and how many more there are; bytes that are no UTF-8 are written as such."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    return f"{', '.join(os.fsencode(name).decode(errors='backslashreplace') for name in names[:SHOWN])}{more}"
 
 
 def label_of(name: str, numbers: dict[str, int], where: str) -> int:
