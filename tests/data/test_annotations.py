@@ -155,6 +155,36 @@ def test_kinetics_by_splits_by_classes_and_by_both(kinetics):
     assert source.unlisted == 1
 
 
+def test_kinetics_quoted_and_in_capitals(kinetics):
+    expected = keys(read_layout(kinetics))
+    train = kinetics / "annotations/train.csv"
+    quoted = train.read_text().replace("playing guitar,-3B32lodo2M,59", '"playing guitar","-3B32lodo2M","59"').splitlines()
+    write(train, ",".join(f'"{name}"' for name in HEADER.split(",")), *quoted[1:])
+    assert (read_layout(kinetics).layout, keys(read_layout(kinetics))) == ("kinetics", expected)
+    write(train, HEADER.title(), *quoted[1:])
+    assert keys(read_layout(kinetics)) == expected
+
+
+@pytest.mark.parametrize("rows", [0, 9000])
+def test_kinetics_with_a_quote_that_is_not_closed(kinetics, rows):
+    lines = (f"yoga,{n:011d},0,10,train,0" for n in range(rows))
+    write(kinetics / "annotations/train.csv", HEADER, '"sky, diving",-3B32lodo2M,59,69,"train,0', *lines)
+    assert "train.csv: line 2, column 33: a quote is opened and not closed; correct the line" in fault(kinetics)
+    write(kinetics / "annotations/train.csv", HEADER, '"sky" diving,-3B32lodo2M,59,69,train,0', *lines)
+    assert "train.csv: line 2: ',' expected after" in fault(kinetics)
+
+
+def test_kinetics_as_mmaction2_lays_it_out_has_its_lists_besides(kinetics):
+    for split in ("train", "val"):
+        (kinetics / split).rename(kinetics / f"videos_{split}")
+        (kinetics / f"annotations/{split}.csv").rename(kinetics / f"annotations/kinetics_{split}.csv")
+    write(kinetics / "kinetics400_train_list_videos.txt", f"{FILES['a']} 1", f"{FILES['b']} 0")
+    write(kinetics / "kinetics400_val_list_videos.txt", f"{FILES['c']} 1")
+    assert "the annotations of kinetics and of list are here; say which with --layout" in fault(kinetics)
+    assert [video.label for video in read_layout(kinetics, "kinetics").splits["train"]] == [0, 1]
+    assert [video.label for video in read_layout(kinetics, "list").splits["train"]] == [1, 0]
+
+
 def test_kinetics_in_one_file_with_times_as_floats(kinetics):
     rows = [line for name in ("train", "val") for line in (kinetics / f"annotations/{name}.csv").read_text().splitlines()[1:]]
     for file in (kinetics / "annotations").iterdir():

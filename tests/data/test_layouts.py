@@ -222,6 +222,13 @@ def test_annotations_that_are_no_text(ssv2, tmp_path):
     assert "no train.json beside labels.json" in fault(ssv2)
 
 
+def test_json_that_python_does_not_read(ssv2):
+    (ssv2 / "labels/train.json").write_text("[" * 100_000)
+    assert "train.json: JSON nested too deep to be annotations" in fault(ssv2)
+    (ssv2 / "labels/labels.json").write_text(f'{{"a": 0, "b": {"1" * 5000}}}')
+    assert "labels.json: a number of thousands of digits" in fault(ssv2)
+
+
 @pytest.mark.parametrize(
     ("name", "command"),
     [

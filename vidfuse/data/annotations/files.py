@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -66,16 +67,49 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     return ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip())
 
 
+def csv_header(file: Path) -> list[str]:
+    """Names of a CSV's columns, in lower case, as far as its first line has some."""
+    with open(file, "rb") as content:
+        line = content.readline(4096).decode("utf-8-sig", "replace")
+    return [name.strip().lower() for name in next(csv.reader(line.splitlines()[:1]), [])]
+
+
+def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a CSV, each of one line, with the numbers of the lines from 1; the header is the first.
+
+    Raises:
+        DataError: what `read_text` raises, or quotes that are not in order; the message has line and column.
+    """
+    for number, line in read_lines(file):
+        try:
+            yield number, [value.strip() for value in next(csv.reader([line], strict=True))]
+        except csv.Error as error:
+            column = _open_quote(line)
+            where = f"{file}: line {number}" + (f", column {column}" if column else "")
+            raise DataError(f"{where}: {'a quote is opened and not closed' if column else error}; correct the line") from None
+
+
+def _open_quote(line: str) -> int:
+    """Column of the quote that a line does not close; 0: it closes all."""
+    quotes = [column for column, letter in enumerate(line, start=1) if letter == '"']
+    return quotes[-1] if len(quotes) % 2 else 0
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        DataError: what `read_text` raises, or no JSON; the message has line and column.
+        DataError: what `read_text` raises, no JSON (the message has line and column), or JSON that Python does not read.
     """
+    text = read_text(file)
     try:
-        return json.loads(read_text(file))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{file}: JSON nested too deep to be annotations; give the file as it is distributed") from None
+    except ValueError:
+        raise DataError(f"{file}: a number of thousands of digits; give the file as it is distributed") from None
 
 
 def read_classes(file: Path) -> tuple[str, ...]:

@@ -9,13 +9,12 @@ alphabetical order, as mmaction2 and the Kinetics checkpoints have them, or by a
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from vidfuse.config import LayoutConfig
-from vidfuse.data.annotations.files import by_stem, class_file, read_classes, read_text, text_files, videos_below
+from vidfuse.data.annotations.files import by_stem, class_file, csv_header, csv_rows, read_classes, text_files, videos_below
 from vidfuse.data.annotations.source import SPLIT_NAMES, Source, SourceVideo, label_of, leave_out, shown, split_of
 from vidfuse.data.shards import DataError, Quarantined
 
@@ -70,23 +69,19 @@ def read(folder: Path, options: LayoutConfig) -> Source:
 
 
 def _lists(folder: Path) -> Iterator[Path]:
-    for file in text_files(folder, ".csv"):
-        with open(file, "rb") as content:
-            header = content.readline(4096).decode("utf-8-sig", "replace")
-        if set(_COLUMNS) <= {name.strip() for name in header.split(",")}:
-            yield file
+    return (file for file in text_files(folder, ".csv") if set(_COLUMNS) <= set(csv_header(file)))
 
 
 def _rows(file: Path) -> Iterator[_Row]:
-    reader = csv.reader(read_text(file).splitlines())
-    header = [name.strip() for name in next(reader)]
-    for fields in reader:
+    rows = csv_rows(file)
+    header = [name.lower() for name in next(rows)[1]]
+    for number, fields in rows:
         if not any(fields):
             continue
-        where = f"{file}: line {reader.line_num}"
+        where = f"{file}: line {number}"
         if len(fields) != len(header):
             raise DataError(f"{where}: {len(fields)} columns, the first line names {len(header)}: {','.join(header)}")
-        values = dict(zip(header, (value.strip() for value in fields), strict=True))
+        values = dict(zip(header, fields, strict=True))
         split = _split(values.get("split"), file, where)
         label = values.get("label") or None
         if label is None and split != "test":

@@ -23,6 +23,7 @@ from vidfuse.data.annotations.files import (
     SUFFIXES,
     archive_advice,
     class_file,
+    csv_header,
     is_video,
     read_classes,
     read_lines,
@@ -49,7 +50,7 @@ class _Entry(NamedTuple):
 
 def detect(folder: Path) -> bool:
     """Whether the folder has a list of training videos."""
-    return any(split_of(file.stem) == "train" and _reads_as_list(file) for file in _candidates(folder))
+    return any(split_of(file.stem) == "train" for file in _candidates(folder))
 
 
 def read(folder: Path, options: LayoutConfig) -> Source:
@@ -93,12 +94,9 @@ def read(folder: Path, options: LayoutConfig) -> Source:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    return (file for file in text_files(folder, ".txt", ".csv") if not _UCF101.fullmatch(file.name))
-
-
-def _reads_as_list(file: Path) -> bool:
-    with open(file, "rb") as content:
-        return b"youtube_id" not in content.readline(4096)
+    """Without the lists of UCF101 and the CSV files of Kinetics, which are called alike."""
+    files = text_files(folder, ".txt", ".csv")
+    return (file for file in files if not _UCF101.fullmatch(file.name) and "youtube_id" not in csv_header(file))
 
 
 def _files(folder: Path, options: LayoutConfig) -> dict[str, Path]:
