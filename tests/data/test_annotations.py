@@ -503,6 +503,18 @@ def test_list_faults(videos):
     assert "no list called train*.txt or train*.csv" in fault(videos / "yoga", "list")
 
 
+def test_videos_listed_twice_are_told_with_their_lines(videos):
+    touch(videos, *(f"v/{n:02d}.avi" for n in range(13)))
+    write(videos / "train.txt", "yoga/two.mp4 1", *(f"v/{n:02d}.avi 0" for n in range(13)))
+    write(videos / "val.txt", *(f"v/{n:02d}.avi 0" for n in range(13)))
+    words = fault(videos)
+    assert f"; keep one of each two: 00 ({videos}/train.txt: line 2, {videos}/val.txt: line 1), 01 (" in words
+    assert words.endswith("val.txt: line 10) and 3 more")
+    write(videos / "val.txt", "v/00.avi 0", "v/01.avi 1")
+    words = f"keep one of each two: 01 ({videos}/train.txt: line 3, {videos}/val.txt: line 2)"
+    assert f"video 01 is listed in train and in validation with different labels, '0' and '1'; {words}" in fault(videos)
+
+
 def test_ambiguous_folders(videos):
     write(videos / "train.txt", "yoga/two.mp4 1")
     write(videos / "kinetics.csv", HEADER)

@@ -50,3 +50,32 @@ def test_videos_that_went_away_are_told_together(tmp_path):
         DataError, match=r"12 of 24 videos cannot be packed: .*/1001\.\w+ \(not a file\), .*No such.* and 2 more"
     ):
         make_plan(source, folder, SHARD)
+
+
+@pytest.mark.parametrize("spelling", ["{set}/v/a.avi", "w/a.avi", "v/link.avi"])
+def test_a_file_under_two_names_is_told(tmp_path, spelling):
+    folder = tmp_path / "set"
+    (folder / "v").mkdir(parents=True)
+    for name in ("a.avi", "b.avi"):
+        (folder / "v" / name).write_bytes(b"x")
+    (folder / "w").symlink_to("v")
+    (folder / "v/link.avi").symlink_to("a.avi")
+    (folder / "v/hard.avi").hardlink_to(folder / "v/b.avi")
+    (folder / "train.txt").write_text("v/a.avi 0\nv/b.avi 1\nv/hard.avi 1\n")
+    for label, words in ((0, "; a video is in one split, once"), (1, " with different labels, '0' and '1'")):
+        (folder / "val.txt").write_text(f"{spelling.format(set=folder)} {label}\n")
+        with pytest.raises(
+            DataError, match=f"is listed in train and in validation{words}; .*train.txt: line 1, .*val.txt: line 1"
+        ):
+            make_plan(read_layout(folder), folder)
+
+
+def test_a_split_folder_that_is_a_link_to_another_is_told(tmp_path):
+    for name in ("train/run/a.avi", "train/walk/b.avi"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(
+        DataError, match=r"each two: \S+ \(train/run/a.avi, val/run/a.avi\), \S+ \(train/walk/b.avi, val/walk/b.avi\)"
+    ):
+        make_plan(read_layout(tmp_path), tmp_path)

@@ -10,15 +10,19 @@ import hashlib
 import json
 import os
 import stat
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
+
 from vidfuse.config import PackConfig, TranscodeConfig
 from vidfuse.data import shards
-from vidfuse.data.annotations.source import Source, SourceVideo, shown
+from vidfuse.data.annotations.source import Entry, Source, SourceVideo, refuse_repeats, shown
 from vidfuse.data.shards import DataError, Recipe
 
 SHARD_BYTES = int(PackConfig().shard_bytes)
@@ -32,7 +36,7 @@ _END_OVERHEAD = 10 * 1024
 _STATS_AT_ONCE = 16
 """Files whose sizes are asked for at the same time: on network storage each answer is waited for."""
 _STATS_A_TASK = 256
-_FIELDS = attrgetter(*(field.name for field in fields(SourceVideo)))
+_FIELDS = attrgetter(*(field.name for field in fields(SourceVideo) if field.compare))
 """`dataclasses.astuple` copies deeply, and takes longer than all else."""
 
 
@@ -84,42 +88,67 @@ def make_plan(
         transcode: Form that they are brought into; `None`: they stay as they are.
 
     Raises:
-        DataError: too small a bound, or videos that are gone or no files.
+        DataError: too small a bound, or videos that are gone, no files, or there twice.
     """
     if shard_bytes < LEAST_SHARD_BYTES:
         raise DataError(f"--shard-bytes {shard_bytes}: at least {LEAST_SHARD_BYTES} (64KB); 256MB suits object storage")
     parts = []
+    inodes = array("Q")
     for split, videos in source.splits.items():
-        planned = sorted(_measured(videos, str(folder)), key=lambda p: _order(split, p.video.key))
+        planned = sorted(_measured(videos, str(folder), inodes), key=lambda p: _order(split, p.video.key))
         for number, group in enumerate(_cut(planned, shard_bytes)):
             parts.append(ShardPlan(shards.shard_name(split, number), split, tuple(group)))
+    _check_files(source, str(folder), inodes)
     recipe = Recipe(layout=source.layout, options=source.options, shard_bytes=shard_bytes, transcode=transcode)
     return Plan(source, recipe, tuple(parts), _digest(source, recipe, parts))
 
 
-def _measured(videos: Sequence[SourceVideo], folder: str) -> Iterator[PlannedVideo]:
+def _measured(videos: Sequence[SourceVideo], folder: str, inodes: array[int]) -> list[PlannedVideo]:
+    """Videos with the sizes of their files, whose numbers are put behind `inodes`."""
     pieces = [videos[start : start + _STATS_A_TASK] for start in range(0, len(videos), _STATS_A_TASK)]
+    planned: list[PlannedVideo] = []
     faults: list[str] = []
     with ThreadPoolExecutor(_STATS_AT_ONCE) as pool:
-        for answers in pool.map(lambda piece: [_measure(video, folder) for video in piece], pieces):
-            for answer in answers:
-                if isinstance(answer, str):
-                    faults.append(answer)
-                elif not faults:
-                    yield answer
+        answers = pool.map(lambda piece: [_measure(_path(folder, video)) for video in piece], pieces)
+        for video, facts in zip(videos, chain.from_iterable(answers), strict=True):
+            if isinstance(facts, str):
+                faults.append(facts)
+            else:
+                planned.append(PlannedVideo(video, facts[0]))
+                inodes.append(facts[1])
     if faults:
         raise DataError(
             f"{len(faults)} of {len(videos)} videos cannot be packed: {shown(faults)}; put files there, or unlist them"
         )
+    return planned
 
 
-def _measure(video: SourceVideo, folder: str) -> PlannedVideo | str:
-    path = os.path.join(folder, video.path)  # noqa: PTH118  (a Path for each of 200,000 videos takes seconds)
+def _path(folder: str, video: SourceVideo) -> str:
+    return os.path.join(folder, video.path)  # noqa: PTH118  (a Path for each of 200,000 videos takes seconds)
+
+
+def _measure(path: str) -> tuple[int, int] | str:
+    """Size and inode of a file, or what is wrong with it."""
     try:
         facts = os.stat(path)  # noqa: PTH116
     except OSError as error:
         return f"{path} ({error.strerror})"
-    return PlannedVideo(video, facts.st_size) if stat.S_ISREG(facts.st_mode) else f"{path} (not a file)"
+    return (facts.st_size, facts.st_ino) if stat.S_ISREG(facts.st_mode) else f"{path} (not a file)"
+
+
+def _check_files(source: Source, folder: str, inodes: array[int]) -> None:
+    """Refuse a file that is there twice, by links or by another spelling of its path. A hard link counts as another file."""
+    numbers, counts = np.unique(np.asarray(inodes), return_counts=True)
+    shared = set(numbers[counts > 1].tolist())
+    entries = ((split, video) for split, videos in source.splits.items() for video in videos)
+    seen: dict[str, Entry] = {}
+    repeats: list[tuple[Entry, Entry]] = []
+    for entry in (entry for entry, inode in zip(entries, inodes, strict=True) if inode in shared):
+        real = os.path.realpath(_path(folder, entry[1]))
+        if real in seen:
+            repeats.append((seen[real], entry))
+        seen[real] = entry
+    refuse_repeats(source.classes, repeats)
 
 
 def _order(split: str, key: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vidfuse.config import LayoutConfig
 from vidfuse.data.annotations.files import by_stem, class_file, csv_header, csv_rows, read_classes, text_files, videos_below
-from vidfuse.data.annotations.source import SPLIT_NAMES, Source, SourceVideo, label_of, leave_out, shown, split_of
+from vidfuse.data.annotations.source import SPLIT_NAMES, Listed, Source, SourceVideo, label_of, leave_out, shown, split_of
 from vidfuse.data.shards import DataError, Quarantined
 
 _COLUMNS = ("youtube_id", "time_start", "time_end")
@@ -23,7 +23,7 @@ _NUMBERED = (400, 600, 700)
 
 
 class _Row(NamedTuple):
-    where: str
+    listed: Listed
     split: str
     label: str | None
     key: str
@@ -73,12 +73,12 @@ def _lists(folder: Path) -> Iterator[Path]:
 
 
 def _rows(file: Path) -> Iterator[_Row]:
-    rows = csv_rows(file)
+    name, rows = str(file), csv_rows(file)
     header = [name.lower() for name in next(rows)[1]]
     for number, fields in rows:
         if not any(fields):
             continue
-        where = f"{file}: line {number}"
+        where = Listed(name, number)
         if len(fields) != len(header):
             raise DataError(f"{where}: {len(fields)} columns, the first line names {len(header)}: {','.join(header)}")
         values = dict(zip(header, fields, strict=True))
@@ -90,7 +90,7 @@ def _rows(file: Path) -> Iterator[_Row]:
         yield _Row(where, split, label, f"{values['youtube_id']}_{times[0]:06d}_{times[1]:06d}")
 
 
-def _split(given: str | None, file: Path, where: str) -> str:
+def _split(given: str | None, file: Path, where: Listed) -> str:
     split = SPLIT_NAMES.get(given.lower()) if given else split_of(file.stem)
     if split is None:
         raise DataError(
@@ -117,5 +117,5 @@ def _is_replacement(path: str) -> bool:
 
 
 def _video(row: _Row, numbers: dict[str, int], path: str) -> SourceVideo:
-    label = None if row.label is None else label_of(row.label, numbers, row.where)
-    return SourceVideo(row.key, path, label, row.label or "")
+    label = None if row.label is None else label_of(row.label, numbers, str(row.listed))
+    return SourceVideo(row.key, path, label, row.label or "", row.listed)

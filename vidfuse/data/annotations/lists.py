@@ -30,7 +30,7 @@ from vidfuse.data.annotations.files import (
     text_files,
     videos_below,
 )
-from vidfuse.data.annotations.source import SPLIT_NAMES, Source, SourceVideo, keys_of, leave_out, split_of
+from vidfuse.data.annotations.source import SPLIT_NAMES, Listed, Source, SourceVideo, keys_of, leave_out, split_of
 from vidfuse.data.shards import VIDEO_SUFFIXES, DataError, Quarantined
 
 MOST_CLASSES = 100_000
@@ -81,7 +81,11 @@ def read(folder: Path, options: LayoutConfig) -> Source:
         found[split] = [(entry, path) for entry, path in paths if path is not None]
     keys = keys_of(dict.fromkeys(path for pairs in found.values() for _, path in pairs))
     splits = {
-        split: tuple(SourceVideo(keys[path], path, e.label, "" if e.label is None else classes[e.label]) for e, path in pairs)
+        split: tuple(
+            SourceVideo(keys[path], path, e.label, "" if e.label is None else classes[e.label], Listed(name, e.line))
+            for name in (str(files[split]),)
+            for e, path in pairs
+        )
         for split, pairs in found.items()
     }
     used: dict[str, int | float] = (

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from vidfuse.data.shards import DataError, Quarantined, check_key
 
@@ -20,6 +21,17 @@ SPLIT_NAMES = {
 """What files and folders call a split, and what it is called here."""
 SHOWN = 10
 """Names of a long list that a message has."""
+
+
+class Listed(NamedTuple):
+    """The line that lists a video."""
+
+    file: str
+    line: int
+    """From 1; 0: not known."""
+
+    def __str__(self) -> str:
+        return f"{self.file}: line {self.line}" if self.line else self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,8 @@ class SourceVideo:
     """Class; `None` where the split has no labels."""
     text: str
     """SSv2: the sentence (empty without labels); else: the class name."""
+    listed: Listed | None = field(default=None, compare=False)
+    """Where annotations name it; no part of what is packed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,10 @@ class Source:
     """Which layout it was read as."""
     options: dict[str, int | float] = field(default_factory=dict)
     """Options that decided which video is in which split."""
+
+
+Entry = tuple[str, SourceVideo]
+"""A split and a video that is in it."""
 
 
 def split_of(name: str) -> str | None:
@@ -138,16 +156,36 @@ def check_videos(source: Source) -> None:
     Raises:
         DataError: it is not so.
     """
-    seen: dict[str, str] = {}
-    twice: list[str] = []
+    seen: dict[str, Entry] = {}
+    repeats: list[tuple[Entry, Entry]] = []
     for split, videos in source.splits.items():
         if not videos:
             raise DataError(f"split {split!r} of {source.dataset} lists no videos; remove its file, or fill it")
         for video in videos:
             if check_key(video.key) in seen:
-                where = f"twice in {split}" if seen[video.key] == split else f"in {seen[video.key]} and in {split}"
-                twice.append(f"video {video.key} is listed {where}")
-            seen[video.key] = split
-    if twice:
-        more = f" (and {len(twice) - 1} more such)" if len(twice) > 1 else ""
-        raise DataError(f"{twice[0]}{more}; a video is in one split, once")
+                repeats.append((seen[video.key], (split, video)))
+            seen[video.key] = split, video
+    refuse_repeats(source.classes, repeats)
+
+
+def refuse_repeats(classes: Sequence[str], repeats: Sequence[tuple[Entry, Entry]]) -> None:
+    """Tell which videos are listed twice; first those of two labels.
+
+    Raises:
+        DataError: there are some.
+    """
+    if not repeats:
+        return
+    relabelled = [pair for pair in repeats if _differ(pair)]
+    chosen = relabelled or repeats
+    (first_split, first), (split, video) = chosen[0]
+    where = f"twice in {split}" if split == first_split else f"in {first_split} and in {split}"
+    labels = " and ".join(repr(classes[v.label]) for v in (first, video) if v.label is not None)
+    rule = f" with different labels, {labels}" if relabelled else "; a video is in one split, once"
+    names = [f"{a.key} ({a.listed or a.path}, {b.listed or b.path})" for (_, a), (_, b) in chosen]
+    raise DataError(f"video {first.key} is listed {where}{rule}; keep one of each two: {shown(names)}")
+
+
+def _differ(pair: tuple[Entry, Entry]) -> bool:
+    labels = [video.label for _, video in pair]
+    return None not in labels and labels[0] != labels[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 from vidfuse.config import LayoutConfig
 from vidfuse.data.annotations.files import by_stem, find, read_json, videos_below
-from vidfuse.data.annotations.source import Source, SourceVideo, label_of, leave_out
+from vidfuse.data.annotations.source import Listed, Source, SourceVideo, label_of, leave_out
 from vidfuse.data.shards import DataError, Quarantined
 
 _ANNOTATIONS = ("labels/{}.json", "{}.json", "something-something-v2-{}.json", "labels/something-something-v2-{}.json")
@@ -47,7 +47,8 @@ def read(folder: Path, options: LayoutConfig) -> Source:
         missing = [(key, key) for entry in entries if (key := str(entry["id"])) not in videos]
         absent += leave_out(file, split, missing, listed=len(entries), share=options.allow_missing)
         there = [entry for entry in entries if str(entry["id"]) in videos]
-        splits[split] = tuple(_video(file, split, entry, numbers, videos[str(entry["id"])]) for entry in there)
+        listed = Listed(str(file), 0)
+        splits[split] = tuple(_video(listed, split, entry, numbers, videos[str(entry["id"])]) for entry in there)
     if "train" not in splits:
         raise DataError(f"{folder}: no train.json beside {labels_file.name}; unpack all annotations")
     unlisted = len(videos) - len({v.key for s in splits.values() for v in s})
@@ -76,14 +77,14 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return content
 
 
-def _video(file: Path, split: str, entry: dict[str, Any], numbers: dict[str, int], path: str) -> SourceVideo:
+def _video(listed: Listed, split: str, entry: dict[str, Any], numbers: dict[str, int], path: str) -> SourceVideo:
     key, template = str(entry["id"]), entry.get("template")
     if template is None:
         if split != "test":
-            raise DataError(f'{file}: video {key} has no "template"; only the test split is without labels')
-        return SourceVideo(key, path, None, "")
+            raise DataError(f'{listed}: video {key} has no "template"; only the test split is without labels')
+        return SourceVideo(key, path, None, "", listed)
     name = _plain(str(template))
-    return SourceVideo(key, path, label_of(name, numbers, f"{file}: video {key}"), str(entry.get("label", name)))
+    return SourceVideo(key, path, label_of(name, numbers, f"{listed}: video {key}"), str(entry.get("label", name)), listed)
 
 
 def _plain(template: str) -> str:
