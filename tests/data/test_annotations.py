@@ -456,6 +456,49 @@ def test_lists_of_numbered_splits(videos):
     assert source.options == {"split_number": 2}
 
 
+@pytest.mark.parametrize(
+    "name", ["x_train_split_{}_videos.txt", "train_split{}.txt", "train_split0{}.txt", "train_split_0{}.csv"]
+)
+def test_lists_of_another_split_alone(videos, name):
+    for number in (2, 3):
+        write(videos / name.format(number), "playing guitar/one 1.mp4 0", f"yoga/{'two.mp4' if number == 2 else 'three.avi'} 1")
+    assert "no training list of split 1; give --split-number 2 (there are lists of 2, 3)" in fault(videos)
+    assert [v.path for v in read_layout(videos, options=LayoutConfig(split_number=3)).splits["train"]][1:] == ["yoga/three.avi"]
+
+
+def test_lists_with_quotes(videos):
+    touch(videos, 'yoga/a, "b".avi', 'yoga/"c".avi')
+    write(
+        videos / "train.csv", '"playing guitar/one 1.mp4",0', '"yoga/two.mp4", "1"', '"yoga/a, ""b"".avi",1', 'yoga/"c".avi,1'
+    )
+    write(videos / "val.csv", '"yoga/three.avi" 25 1')
+    (videos / "yoga/two.mp4").rename(videos / "yoga/2 two.mp4")
+    write(videos / "test.csv", '"yoga/2 two.mp4"')
+    write(videos / "train.csv", *(line for line in (videos / "train.csv").read_text().splitlines() if "two" not in line))
+    found = {split: [v.path for v in listed] for split, listed in read_layout(videos).splits.items()}
+    assert found == {
+        "train": ["playing guitar/one 1.mp4", 'yoga/a, "b".avi', 'yoga/"c".avi'],
+        "validation": ["yoga/three.avi"],
+        "test": ["yoga/2 two.mp4"],
+    }
+
+
+def test_hidden_files_are_no_lists(videos):
+    write(videos / "train.txt", "playing guitar/one 1.mp4 0", "yoga/two.mp4 1")
+    (videos / "._train.txt").write_bytes(b"\0\5\x16\7")
+    assert len(read_layout(videos).splits["train"]) == 2
+
+
+def test_videos_in_no_list_are_counted_by_file(videos):
+    (videos / "link").symlink_to("yoga")
+    write(
+        videos / "train.txt",
+        f"{videos}/playing guitar/one 1.mp4 0",
+        f"{videos.parent}/../{videos.parent.name}/set/link/two.mp4 1",
+    )
+    assert read_layout(videos).unlisted == 1, "yoga/three.avi"
+
+
 def test_names_of_classes(videos):
     write(videos / "train.txt", "playing guitar/one 1.mp4 0", "yoga/two.mp4 1")
     write(videos / "classes.txt", "guitar", "yoga")

@@ -143,13 +143,16 @@ def class_file(folder: Path, given: str | None) -> Path | None:
 
 
 def text_files(folder: Path, *suffixes: str) -> list[Path]:
-    """Files with these suffixes in the folder and in the other `PLACES`, sorted; the folder may hold very many videos besides."""
+    """Files with these suffixes in the folder and in the other `PLACES`, sorted; hidden ones (`._train.txt`) are left out.
+
+    The folder may hold very many videos besides.
+    """
     found = []
     for place in PLACES:
         if (folder / place).is_dir():
             with os.scandir(folder / place) as entries:
                 names = sorted(entry.name for entry in entries if entry.name.endswith(suffixes) and entry.is_file())
-            found += [folder / place / name for name in names]
+            found += [folder / place / name for name in names if not name.startswith(".")]
     return found
 
 

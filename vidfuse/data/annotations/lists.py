@@ -1,9 +1,9 @@
 """Lists of videos, a file a split: those of mmaction2, VideoMAE and the many repositories that came from them.
 
-A line is `path label` or `path total_frames label`, apart by spaces, commas or tabs, and a path may have spaces in it; the
-number of frames is not used, since frames are counted. Files are called `train*`, `val*`, `test*` (`.txt` or `.csv`, also with
-words before: `kinetics400_train_list_videos.txt`), in the folder itself, in `annotations/` or in `labels/`; of `..._split_N_...`
-those of the wanted number are read, and of `..._videos` and `..._rawframes` the former. A test list may be without labels.
+A line is `path label` or `path total_frames label`, apart by spaces, commas or tabs, and a path may have spaces in it and quotes
+around it; the number of frames is not used, since frames are counted. Files are called `train*`, `val*`, `test*` (`.txt` or
+`.csv`, also with words before: `kinetics400_train_list_videos.txt`), in one of `files.PLACES`; of `..._split_N_...` those of the
+wanted number are read, and of `..._videos` and `..._rawframes` the former. A test list may be without labels.
 
 Paths are taken below the folder, below `videos/`, `videos_<split>/` or `<split>/`, or as they are where they are absolute; where
 lists name folders of frames (`path total_frames label`), the videos of those names are taken. Names of classes come from a list
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from vidfuse.config import LayoutConfig
 from vidfuse.data.annotations.files import (
+    PLACES,
     SUFFIXES,
     archive_advice,
     class_file,
@@ -28,17 +30,20 @@ from vidfuse.data.annotations.files import (
     read_classes,
     read_lines,
     text_files,
+    unread,
     videos_below,
 )
-from vidfuse.data.annotations.source import SPLIT_NAMES, Listed, Source, SourceVideo, keys_of, leave_out, split_of
+from vidfuse.data.annotations.source import SPLIT_NAMES, Listed, Source, SourceVideo, keys_of, leave_out, shown, split_of
 from vidfuse.data.shards import VIDEO_SUFFIXES, DataError, Quarantined
 
 MOST_CLASSES = 100_000
 """A larger label is taken for a mistake where no list of classes is given."""
+_NUMBER = re.compile(r"split_?0*(\d+)")
 _TRIED = 20
 """Entries of a list that are looked for to find the folder of its videos."""
 _UCF101 = re.compile(r"(train|test)list0[123]\.txt")
-_LINE = re.compile(r"(?P<path>.*?)(?:[\s,]+(?P<frames>\d+))?[\s,]+(?P<label>-?\d+)")
+_QUOTED = re.compile(r'"(?P<text>(?:[^"]|"")*)"')
+_LINE = re.compile(rf'(?P<path>{_QUOTED.pattern}|.*?)(?:[\s,]+"?(?P<frames>\d+)"?)?[\s,]+"?(?P<label>-?\d+)"?')
 
 
 class _Entry(NamedTuple):
@@ -59,9 +64,9 @@ def read(folder: Path, options: LayoutConfig) -> Source:
     Raises:
         DataError: see `data.layouts.read_layout`.
     """
-    files = _files(folder, options)
+    files = _files(folder, options.split_number)
     if "train" not in files:
-        raise DataError(f"{folder}: no list called train*.txt or train*.csv here, in annotations/ or in labels/")
+        raise DataError(f"{folder}: {_no_list(folder, options.split_number)}")
     entries = {split: list(_entries(file, split)) for split, file in files.items()}
     names = class_file(folder, options.classes)
     classes = read_classes(names) if names else _numbers(files, entries)
@@ -91,7 +96,7 @@ def read(folder: Path, options: LayoutConfig) -> Source:
     used: dict[str, int | float] = (
         {"split_number": options.split_number} if any("split_" in file.stem for file in files.values()) else {}
     )
-    return Source(folder.resolve().name, classes, splits, len(known - keys.keys()), absent, options=used)
+    return Source(folder.resolve().name, classes, splits, _unlisted(folder, known, keys), absent, options=used)
 
 
 # --- files ---
@@ -103,12 +108,26 @@ def _candidates(folder: Path) -> Iterator[Path]:
     return (file for file in files if not _UCF101.fullmatch(file.name) and "youtube_id" not in csv_header(file))
 
 
-def _files(folder: Path, options: LayoutConfig) -> dict[str, Path]:
+def _numbered(file: Path) -> tuple[str | None, int | None]:
+    """The split that a list's name tells, and the number of the official split."""
+    number = _NUMBER.search(file.stem)
+    return split_of(_NUMBER.sub("", file.stem)), int(number[1]) if number else None
+
+
+def _no_list(folder: Path, wanted: int) -> str:
+    others = sorted(
+        {number for file in _candidates(folder) for split, number in (_numbered(file),) if split == "train" and number}
+    )
+    if others:
+        return f"no training list of split {wanted}; give --split-number {others[0]} (there are lists of {shown([*map(str, others)])})"
+    return f"no list called train*.txt or train*.csv here, in {', '.join(f'{place}/' for place in PLACES[1:])}{unread(folder)}"
+
+
+def _files(folder: Path, wanted: int) -> dict[str, Path]:
     groups: dict[str, list[Path]] = {}
     for file in _candidates(folder):
-        number = re.search(r"split_?(\d)", file.stem)
-        split = split_of(re.sub(r"split_?\d", "", file.stem))
-        if split and (number is None or int(number[1]) == options.split_number):
+        split, number = _numbered(file)
+        if split and number in (None, wanted):
             groups.setdefault(split, []).append(file)
     files = {}
     for split, group in groups.items():
@@ -138,8 +157,8 @@ def _entries(file: Path, split: str) -> Iterator[_Entry]:
 
 
 def _entry(file: Path, number: int, line: str, split: str) -> _Entry:
-    if split == "test" and is_video(line):
-        return _Entry(number, line, 1, None)
+    if split == "test" and is_video(_unquoted(line)):
+        return _Entry(number, _unquoted(line), 1, None)
     match = _LINE.fullmatch(line)
     if match is None or not match["path"]:
         column = len(line) - len(re.split(r"[\s,]+", line)[-1]) + 1
@@ -147,10 +166,15 @@ def _entry(file: Path, number: int, line: str, split: str) -> _Entry:
             f"{file}: line {number}, column {column}: {line[:120]!r}; 'path label' or 'path total_frames label' is needed, with the"
             f" label a number from 0"
         )
-    path, frames = match["path"], match["frames"]
+    path, frames = _unquoted(match["path"]), match["frames"]
     if frames is not None and not is_video(path) and is_video(f"{path} {frames}"):
         path, frames = f"{path} {frames}", None
     return _Entry(number, path, 2 + (frames is not None), int(match["label"]))
+
+
+def _unquoted(text: str) -> str:
+    quoted = _QUOTED.fullmatch(text)
+    return quoted["text"].replace('""', '"') if quoted else text
 
 
 def _numbers(files: dict[str, Path], entries: dict[str, list[_Entry]]) -> tuple[str, ...]:
@@ -198,3 +222,14 @@ def _path(folder: Path, place: str, entry: _Entry, known: set[str]) -> str | Non
             f" ffmpeg -framerate 25 -i img_%05d.jpg"
         )
     return named
+
+
+def _unlisted(folder: Path, known: set[str], used: Iterable[str]) -> int:
+    """How many videos of the folder no list names, whichever way it spells their paths."""
+    real = cache(os.path.realpath)
+
+    def place(path: str) -> str:
+        below, _, name = path.rpartition("/")
+        return f"{real(folder / below)}/{name}"
+
+    return len({place(path) for path in known} - {place(path) for path in used})
