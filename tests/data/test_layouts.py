@@ -163,7 +163,7 @@ def test_folders_without_a_data_set(tmp_path, ucf101):
     assert "there is no such folder" in fault(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no annotations; a folder is needed that holds" in fault(tmp_path / "empty")
-    assert "unknown layout 'imagenet'; there are ssv2, ucf101, kinetics, list, tree" in fault(ucf101, layout="imagenet")
+    assert "unknown layout 'imagenet'; there are ssv2, ucf101, hmdb51, kinetics, list, tree" in fault(ucf101, layout="imagenet")
     assert "no labels/labels.json" in fault(ucf101, layout="ssv2")
     for video in ucf101.glob("*/*.avi"):
         video.unlink()
@@ -195,6 +195,58 @@ def test_the_official_lists_of_ucf101(tmp_path, number):
     source = read_layout(tmp_path, options=LayoutConfig(split_number=number))
     assert len(source.classes) == UCF101_CLASSES
     assert (len(source.splits["train"]), len(source.splits["validation"])) == UCF101_SPLITS[number]
+
+
+# --- HMDB51 ---
+
+
+@pytest.fixture(params=["annotations", "testTrainMulti_7030_splits"])
+def hmdb51(tmp_path, request) -> Path:
+    lists = tmp_path / request.param
+    lists.mkdir()
+    for name in ("run", "brush_hair"):
+        folder = tmp_path / ("videos" if request.param == "annotations" else "") / name
+        folder.mkdir(parents=True)
+        for video in ("a#1", "b", "c", "d"):
+            (folder / f"{video}.avi").touch()
+        for number, uses in ((1, "120"), (2, "012")):
+            rows = (f"{video}.avi {use} \n" for video, use in zip(("a#1", "b", "c"), uses, strict=True))
+            (lists / f"{name}_test_split{number}.txt").write_text("".join(rows))
+    return tmp_path
+
+
+def test_hmdb51(hmdb51):
+    source = read_layout(hmdb51)
+    assert (source.layout, source.dataset, source.classes) == ("hmdb51", "hmdb51", ("brush_hair", "run"))
+    found = {split: [(Path(v.path).name, v.label, v.text) for v in videos] for split, videos in source.splits.items()}
+    assert found == {
+        "train": [("a#1.avi", 0, "brush_hair"), ("a#1.avi", 1, "run")],
+        "validation": [("b.avi", 0, "brush_hair"), ("b.avi", 1, "run")],
+    }
+    assert source.unlisted == 2, "d.avi of each class; c.avi is listed, for neither split"
+    other = read_layout(hmdb51, options=LayoutConfig(split_number=2))
+    assert [Path(v.path).name for videos in other.splits.values() for v in videos] == ["b.avi"] * 2 + ["c.avi"] * 2
+    assert "no <class>_test_split3.txt of two classes; there are lists of 1, 2; choose --split-number" in fault(
+        hmdb51, split_number=3
+    )
+    file = next(hmdb51.glob("*/run_test_split1.txt"))
+    file.write_text("a#1.avi 1\nz.avi 2\n")
+    assert "run_test_split1.txt names 1 of 1 videos that are not there: " in fault(hmdb51)
+    file.write_text("a#1.avi 3\n")
+    assert "run_test_split1.txt: line 1: 'a#1.avi 3'; '<video> 0', '<video> 1' or '<video> 2' is needed" in fault(hmdb51)
+    for video in hmdb51.rglob("*.avi"):
+        video.unlink()
+    assert "in the folders brush_hair, run; put the class folders there" in fault(hmdb51)
+
+
+def test_lists_that_were_made_from_those_of_hmdb51(hmdb51):
+    for split, video in (("train", "a#1"), ("val", "b")):
+        place = "videos/" if (hmdb51 / "videos").is_dir() else ""
+        rows = (f"{place}{name}/{video}.avi {label}\n" for label, name in enumerate(("brush_hair", "run")))
+        (hmdb51 / f"hmdb51_{split}_split_1_videos.txt").write_text("".join(rows))
+    source = read_layout(hmdb51)
+    assert (source.layout, [len(videos) for videos in source.splits.values()]) == ("list", [2, 2])
+    assert read_layout(hmdb51, "hmdb51").classes == ("brush_hair", "run")
 
 
 # --- any layout ---

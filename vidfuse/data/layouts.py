@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from vidfuse.config import LayoutConfig
-from vidfuse.data.annotations import kinetics, lists, ssv2, tree, ucf101
+from vidfuse.data.annotations import hmdb51, kinetics, lists, ssv2, tree, ucf101
 from vidfuse.data.annotations.files import NEEDED, archive_advice, unpack_command, unread
 from vidfuse.data.annotations.source import Source, check_videos
 from vidfuse.data.shards import DataError
 
-LAYOUTS = {"ssv2": ssv2, "ucf101": ucf101, "kinetics": kinetics, "list": lists, "tree": tree}
+LAYOUTS = {"ssv2": ssv2, "ucf101": ucf101, "hmdb51": hmdb51, "kinetics": kinetics, "list": lists, "tree": tree}
 
 
 def read_layout(folder: str | Path, layout: str | None = None, options: LayoutConfig | None = None) -> Source:

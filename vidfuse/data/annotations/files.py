@@ -18,11 +18,13 @@ CLASS_FILES = ("classes.txt", "labels.txt", "label_map.txt")
 PLACES = (".", "annotations", "labels", "lists")
 """Where lists are looked for, below a source's folder."""
 NEEDED = (
-    "labels/labels.json (Something-Something-V2), classInd.txt (UCF101), a CSV with youtube_id (Kinetics), train*.txt or"
+    "labels/labels.json (Something-Something-V2), classInd.txt (UCF101), <class>_test_split1.txt"
+    " (HMDB51), a CSV with youtube_id (Kinetics), train*.txt or"
     " train*.csv (lists; there, in annotations/, labels/ or lists/)"
 )
 """What annotations are called."""
 SUFFIXES = ", ".join(f".{suffix}" for suffix in VIDEO_SUFFIXES)
+_OF_CLASS = re.compile(r"(?P<name>.+)_test_split(?P<number>\d)\.txt")
 _DEPTH = 4
 """Folders in folders in which videos are looked for."""
 _ARCHIVE_DEPTH = 2
@@ -142,13 +144,22 @@ def class_file(folder: Path, given: str | None) -> Path | None:
     return files[0] if files else None
 
 
-def text_files(folder: Path, *suffixes: str) -> list[Path]:
-    """Files with these suffixes in the folder and in the other `PLACES`, sorted; hidden ones (`._train.txt`) are left out.
+def lists_of_classes(folder: Path) -> dict[int, dict[str, Path]]:
+    """The lists `<class>_test_split<N>.txt` of HMDB51 by N and class; one of a number alone is a list of another kind."""
+    found: dict[int, dict[str, Path]] = {}
+    for file in text_files(folder, ".txt", places=(*PLACES, "testTrainMulti_7030_splits")):
+        if match := _OF_CLASS.fullmatch(file.name):
+            found.setdefault(int(match["number"]), {})[match["name"]] = file
+    return {number: files for number, files in found.items() if len(files) > 1}
+
+
+def text_files(folder: Path, *suffixes: str, places: Iterable[str] = PLACES) -> list[Path]:
+    """Files with these suffixes in some places of the folder, sorted; hidden ones (`._train.txt`) are left out.
 
     The folder may hold very many videos besides.
     """
     found = []
-    for place in PLACES:
+    for place in places:
         if (folder / place).is_dir():
             with os.scandir(folder / place) as entries:
                 names = sorted(entry.name for entry in entries if entry.name.endswith(suffixes) and entry.is_file())

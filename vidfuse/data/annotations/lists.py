@@ -27,6 +27,7 @@ from vidfuse.data.annotations.files import (
     class_file,
     csv_header,
     is_video,
+    lists_of_classes,
     read_classes,
     read_lines,
     text_files,
@@ -103,9 +104,10 @@ def read(folder: Path, options: LayoutConfig) -> Source:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Without the lists of UCF101 and the CSV files of Kinetics, which are called alike."""
-    files = text_files(folder, ".txt", ".csv")
-    return (file for file in files if not _UCF101.fullmatch(file.name) and "youtube_id" not in csv_header(file))
+    """Without the lists of UCF101 and HMDB51 and the CSV files of Kinetics, which are called alike."""
+    others = {file for files in lists_of_classes(folder).values() for file in files.values()}
+    files = (file for file in text_files(folder, ".txt", ".csv") if file not in others and not _UCF101.fullmatch(file.name))
+    return (file for file in files if "youtube_id" not in csv_header(file))
 
 
 def _numbered(file: Path) -> tuple[str | None, int | None]:
