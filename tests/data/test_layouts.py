@@ -144,6 +144,35 @@ def test_ucf101_in_other_places(ucf101):
     assert len(read_layout(ucf101 / "UCF-101").splits["train"]) == 2
 
 
+@pytest.mark.parametrize("place", ["annotations", "labels"])
+def test_ucf101_as_mmaction2_lays_it_out(ucf101, place):
+    for name, parts in (("videos", ("Archery", "Yoga")), (place, ("classInd.txt", "trainlist01.txt", "testlist01.txt"))):
+        (ucf101 / name).mkdir()
+        for part in parts:
+            (ucf101 / part).rename(ucf101 / name / part)
+    source = read_layout(ucf101)
+    assert (source.layout, source.splits["train"][0].path) == ("ucf101", "videos/Archery/v_Archery_g01_c01.avi")
+
+
+def test_ucf101_with_one_name_in_two_classes_tabs_and_spaces(ucf101):
+    for name in ("Archery", "Yoga"):
+        (ucf101 / name / f"v_{name}_g01_c01.avi").rename(ucf101 / name / "001.avi")
+        (ucf101 / name / f"v_{name}_g02_c01.avi").rename(ucf101 / name / f"{name} 1.avi")
+    (ucf101 / "classInd.txt").write_text("1\tArchery\n2  Yoga\n")
+    (ucf101 / "trainlist01.txt").write_text("Archery/001.avi\t1\nYoga/001.avi  2\nYoga/Yoga 1.avi 2\n")
+    (ucf101 / "testlist01.txt").write_text("Archery/Archery 1.avi\n")
+    source = read_layout(ucf101)
+    assert [(v.path, v.label) for v in source.splits["train"]] == [
+        ("Archery/001.avi", 0),
+        ("Yoga/001.avi", 1),
+        ("Yoga/Yoga 1.avi", 1),
+    ]
+    assert [v.path for v in source.splits["validation"]] == ["Archery/Archery 1.avi"]
+    keys = [v.key for videos in source.splits.values() for v in videos]
+    assert len(set(keys)) == 4
+    assert keys[0].startswith("Archery_001-")
+
+
 def test_ucf101_faults(ucf101):
     train = ucf101 / "trainlist01.txt"
     assert "trainlist02.txt: there is no such list; choose a split number" in fault(ucf101, split_number=2)

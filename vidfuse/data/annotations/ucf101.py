@@ -1,20 +1,25 @@
 """UCF101 (Soomro, Zamir, Shah 2012, arXiv:1212.0402), as it is distributed.
 
-Class folders, here or in `UCF-101/`; `classInd.txt`, `trainlist0N.txt`, `testlist0N.txt` beside them or in `ucfTrainTestlist/`.
+Class folders, here, in `UCF-101/` or in `videos/`; `classInd.txt`, `trainlist0N.txt`, `testlist0N.txt` beside them, in
+`ucfTrainTestlist/`, or in one of `files.PLACES` as mmaction2 has them.
 The official test list is the split `validation`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from vidfuse.config import LayoutConfig
-from vidfuse.data.annotations.files import SUFFIXES, archive_advice, find, read_lines, videos_below
-from vidfuse.data.annotations.source import Source, SourceVideo, leave_out
+from vidfuse.data.annotations.files import PLACES, SUFFIXES, archive_advice, find, read_lines, videos_below
+from vidfuse.data.annotations.source import Listed, Source, SourceVideo, keys_of, leave_out
 from vidfuse.data.shards import DataError, Quarantined
 
-_LISTS = (".", "ucfTrainTestlist", "../ucfTrainTestlist")
-_VIDEOS = ("UCF-101", ".")
+_LISTS = (*PLACES, "ucfTrainTestlist", "../ucfTrainTestlist")
+_VIDEOS = ("UCF-101", "videos", ".")
+_CLASS = re.compile(r"(?P<index>\d+)\s+(?P<name>.+)")
+_LINE = re.compile(r"(?P<path>.+?)(?:\s+(?P<label>\d+))?")
 
 
 def detect(folder: Path) -> bool:
@@ -48,14 +53,19 @@ def read(folder: Path, options: LayoutConfig) -> Source:
         )
     numbers = {name: index for index, name in enumerate(classes)}
     files = {"train": f"trainlist{options.split_number:02d}.txt", "validation": f"testlist{options.split_number:02d}.txt"}
-    splits: dict[str, tuple[SourceVideo, ...]] = {}
+    found: dict[str, list[tuple[str, Listed]]] = {}
     absent: tuple[Quarantined, ...] = ()
     for split, name in files.items():
         file = lists.parent / name
-        paths = _paths(file, numbers)
-        missing = [(Path(path).stem, path) for path in paths if path not in videos]
-        absent += leave_out(file, split, missing, listed=len(paths), share=options.allow_missing)
-        splits[split] = tuple(_video(path, numbers, videos[path]) for path in paths if path in videos)
+        entries = list(_entries(file, numbers))
+        missing = [(Path(path).stem, path) for path, _ in entries if path not in videos]
+        absent += leave_out(file, split, missing, listed=len(entries), share=options.allow_missing)
+        found[split] = [(path, listed) for path, listed in entries if path in videos]
+    keys = keys_of(dict.fromkeys(path for entries in found.values() for path, _ in entries))
+    splits = {
+        split: tuple(_video(path, keys[path], numbers, videos[path], listed) for path, listed in entries)
+        for split, entries in found.items()
+    }
     unlisted = len(videos) - len({v.path for s in splits.values() for v in s})
     return Source("ucf101", classes, splits, unlisted, absent, options={"split_number": options.split_number})
 
@@ -67,30 +77,32 @@ def _class_list(folder: Path) -> Path | None:
 def _classes(file: Path) -> tuple[str, ...]:
     classes: list[str] = []
     for number, line in read_lines(file):
-        index, _, name = line.partition(" ")
-        if index != str(len(classes) + 1) or not name.strip():
+        match = _CLASS.fullmatch(line)
+        if match is None or int(match["index"]) != len(classes) + 1:
             raise DataError(f"{file}: line {number}: {line!r}; '{len(classes) + 1} ClassName' is needed")
-        classes.append(name.strip())
+        classes.append(match["name"])
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise DataError(f"{file}: at least two classes are needed, each once")
     return tuple(classes)
 
 
-def _paths(file: Path, numbers: dict[str, int]) -> list[str]:
+def _entries(file: Path, numbers: dict[str, int]) -> Iterator[tuple[str, Listed]]:
+    """Paths as listed, each with its line."""
     if not file.is_file():
         raise DataError(f"{file}: there is no such list; choose a split number whose lists are there, or add it")
-    paths = []
+    listed = str(file)
     for number, line in read_lines(file):
-        path, _, label = line.partition(" ")
+        match = _LINE.fullmatch(line)
+        assert match is not None  # any line is a path
+        path, label = match["path"], match["label"]
         name = path.partition("/")[0]
         if name not in numbers:
             raise DataError(f"{file}: line {number}: class {name!r} is not in classInd.txt")
-        if label.strip() and label.strip() != str(numbers[name] + 1):
-            raise DataError(f"{file}: line {number}: label {label.strip()}, but {name} is {numbers[name] + 1} in classInd.txt")
-        paths.append(path)
-    return paths
+        if label and int(label) != numbers[name] + 1:
+            raise DataError(f"{file}: line {number}: label {label}, but {name} is {numbers[name] + 1} in classInd.txt")
+        yield path, Listed(listed, number)
 
 
-def _video(listed: str, numbers: dict[str, int], path: str) -> SourceVideo:
+def _video(listed: str, key: str, numbers: dict[str, int], path: str, where: Listed) -> SourceVideo:
     name = listed.partition("/")[0]
-    return SourceVideo(Path(listed).stem, path, numbers[name], name)
+    return SourceVideo(key, path, numbers[name], name, where)
