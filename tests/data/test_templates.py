@@ -15,6 +15,9 @@ from vidfuse.data.templates import object_facts, objects_of, placeholders
         ("Putting something, something and something on the table", "Putting pen, the cup and keys on the table", ("pen", "cup", "keys")),
         ("Pretending to take something from somewhere", "pretending to take  an apple from the shelf", ("apple", "shelf")),
         ("Stacking number of something", "stacking 4 coins", ("4", "coins")),
+        ("Stacking number of something", "stacking a few books", ("few", "books")),
+        ("Stacking number of something", "stacking a couple of the plates", ("couple of", "plates")),
+        ("Stacking number of something", "stacking two small books", ("two", "small books")),
         (
             "Tipping something with something in it over, so something in it falls out",
             "tipping box with pens over, so pens falls out",

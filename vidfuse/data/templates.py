@@ -31,6 +31,8 @@ PLACEHOLDERS = (
 )
 """Words of a template that a sentence replaces; of those that begin alike the longest comes first."""
 _PLACEHOLDER = re.compile(rf"(?<![\w'])({'|'.join(map(re.escape, PLACEHOLDERS))})(?![\w'])", re.IGNORECASE)
+_NUMBER = r"((?:an?|the) (?:few|dozen|hundred|\w+ of)|.+?)"
+"""What `number of` stands for: one word, or a few that belong together."""
 _ARTICLE = re.compile(r"(?:an?|the|some|his|her|my|your)\s+")
 _COMMON = 5
 
@@ -126,5 +128,9 @@ def _ranked(count: Counter[str]) -> list[tuple[str, int]]:
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    fixed = _PLACEHOLDER.split(" ".join(template.lower().split()))[::2]
-    return re.compile("(.+?)".join(map(re.escape, fixed)))
+    parts = _PLACEHOLDER.split(" ".join(template.lower().split()))
+    fixed, replaced = map(re.escape, parts[::2]), parts[1::2]
+    return re.compile(
+        next(fixed)
+        + "".join((_NUMBER if word == "number of" else "(.+?)") + after for word, after in zip(replaced, fixed, strict=True))
+    )
