@@ -79,6 +79,11 @@ def test_ssv2_without_a_test_split(ssv2):
     assert list(read_layout(ssv2).splits) == ["train", "validation"]
 
 
+def test_ssv2_without_a_sentence_has_the_template(ssv2):
+    write_json(ssv2 / "labels/train.json", [{**entry(1), "label": None}, {**entry(2), "label": ""}])
+    assert [v.text for v in read_layout(ssv2).splits["train"]] == ["Pushing something from left to right", ""]
+
+
 def test_ssv2_faults(ssv2):
     labels = ssv2 / "labels"
     write_json(labels / "train.json", [entry(n) for n in range(1, 30)])

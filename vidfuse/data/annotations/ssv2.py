@@ -84,7 +84,13 @@ def _video(listed: Listed, split: str, entry: dict[str, Any], numbers: dict[str,
             raise DataError(f'{listed}: video {key} has no "template"; only the test split is without labels')
         return SourceVideo(key, path, None, "", listed)
     name = _plain(str(template))
-    return SourceVideo(key, path, label_of(name, numbers, f"{listed}: video {key}"), str(entry.get("label", name)), listed)
+    return SourceVideo(
+        key,
+        path,
+        label_of(name, numbers, f"{listed}: video {key}"),
+        name if (sentence := entry.get("label")) is None else str(sentence),
+        listed,
+    )
 
 
 def _plain(template: str) -> str:
