@@ -277,6 +277,11 @@ def test_names_that_are_not_unique_or_not_allowed_get_keys(tree):
     assert any(key.startswith("sit_only_one-") for key in found)
 
 
+def test_a_source_tells_as_what_it_was_read(tree):
+    source = read_layout(tree, options=LayoutConfig(holdout=0.2))
+    assert source.line() == "read as tree: 33 train, 8 validation videos of 3 classes (run, sit, walk)"
+
+
 def test_split_folders(tmp_path):
     touch(
         tmp_path,
@@ -518,6 +523,8 @@ def test_list_faults(videos):
     missing = ", ".join(f"gone/{n}.mp4" for n in range(10))
     assert f"train.txt names 13 of 15 videos that are not there: {missing} and 3 more; unpack" in fault(videos)
     assert len(read_layout(videos, options=LayoutConfig(allow_missing=0.87)).absent) == 13
+    write(train, "gone/0.mp4 0", "gone/1.mp4 1")
+    assert fault(videos).endswith("gone/0.mp4, gone/1.mp4; unpack all parts of the data set"), "no share helps"
     for rows, words in (
         (["yoga/two.mp4 yoga"], "train.txt: line 1, column 14: 'yoga/two.mp4 yoga'; 'path label' or 'path total_frames label'"),
         (["yoga/two.mp4 1", "yoga/three.avi 1 0"], "line 2 has 3 columns, line 1 has 2; .* (one label a video)"),

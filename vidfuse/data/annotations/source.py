@@ -68,6 +68,11 @@ class Source:
     options: dict[str, int | float] = field(default_factory=dict)
     """Options that decided which video is in which split."""
 
+    def line(self) -> str:
+        """As what it was read, in words."""
+        counts = ", ".join(f"{len(videos)} {split}" for split, videos in self.splits.items())
+        return f"read as {self.layout}: {counts} videos of {len(self.classes)} classes ({shown(self.classes)})"
+
 
 Entry = tuple[str, SourceVideo]
 """A split and a video that is in it."""
@@ -101,11 +106,15 @@ def leave_out(
         DataError: more are.
     """
     if len(absent) > share * listed:
-        names = [name for _, name in absent]
+        enough = min(0.99, len(absent) / listed + 0.005)
         raise DataError(
-            f"{file} names {len(absent)} of {listed} videos that are not there: {shown(names)};"
-            f" unpack all parts of the data set, remove them from the list, or leave them out with"
-            f" --allow-missing {min(0.99, len(absent) / listed + 0.005):.2f}"
+            f"{file} names {len(absent)} of {listed} videos that are not there: {shown([name for _, name in absent])};"
+            f" unpack all parts of the data set"
+            + (
+                f", remove them from the list, or leave them out with --allow-missing {enough:.2f}"
+                if len(absent) < listed
+                else ""
+            )
         )
     return tuple(Quarantined(split=split, key=key, path=name, reason="not in the source folder") for key, name in absent)
 
