@@ -270,7 +270,7 @@ def test_hmdb51(hmdb51):
     assert "run_test_split1.txt: line 1: 'a#1.avi 3'; '<video> 0', '<video> 1' or '<video> 2' is needed" in fault(hmdb51)
     for video in hmdb51.rglob("*.avi"):
         video.unlink()
-    assert "in the folders brush_hair, run; put the class folders there" in fault(hmdb51)
+    assert "no class folder of <class>_test_split1.txt is here with a video in it (.mp4, " in fault(hmdb51)
 
 
 def test_lists_that_were_made_from_those_of_hmdb51(hmdb51):

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,31 @@ def folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones are left out."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
+def videos_of_classes(folder: Path, places: Iterable[str], classes: Sequence[str], named: str) -> tuple[str, list[str]]:
+    """Videos directly in class folders, in the first of some places that is there.
+
+    Args:
+        folder: The source's folder.
+        places: Where the class folders may be.
+        classes: Names of the class folders.
+        named: What tells them.
+
+    Returns:
+        What begins the paths (`videos/`, or nothing), and the paths.
+
+    Raises:
+        DataError: none at all.
+    """
+    place = next(place for place in places if (folder / place).is_dir())
+    prefix = "" if place == "." else f"{place}/"
+    there = [name for name in classes if (folder / place / name).is_dir()]
+    videos = [path for name in there for path in videos_below(folder, f"{prefix}{name}", depth=0)]
+    if not videos:
+        advice = archive_advice(folder) or "unpack them there"
+        raise DataError(f"{folder / place}: no class folder of {named} is here with a video in it ({SUFFIXES}); {advice}")
+    return prefix, videos
 
 
 def by_stem(folder: Path, place: str, videos: Iterable[str]) -> dict[str, str]:

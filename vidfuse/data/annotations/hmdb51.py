@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vidfuse.config import LayoutConfig
-from vidfuse.data.annotations.files import SUFFIXES, archive_advice, lists_of_classes, read_lines, text_files, videos_below
+from vidfuse.data.annotations.files import lists_of_classes, read_lines, text_files, videos_of_classes
 from vidfuse.data.annotations.source import Listed, Source, SourceVideo, keys_of, leave_out, shown, split_of
 from vidfuse.data.shards import DataError, Quarantined
 
@@ -41,17 +41,8 @@ def read(folder: Path, options: LayoutConfig) -> Source:
             f"{folder}: no <class>_test_split{options.split_number}.txt of two classes{there}; choose --split-number"
         )
     classes = tuple(sorted(files))
-    place = next(place for place in _VIDEOS if (folder / place).is_dir())
-    prefix = "" if place == "." else f"{place}/"
-    videos = {
-        path
-        for name in classes
-        if (folder / place / name).is_dir()
-        for path in videos_below(folder, f"{prefix}{name}", depth=0)
-    }
-    if not videos:
-        advice = archive_advice(folder) or "put the class folders there"
-        raise DataError(f"{folder / place}: no videos ({SUFFIXES}) in the folders {shown(classes)}; {advice}")
+    prefix, paths = videos_of_classes(folder, _VIDEOS, classes, f"<class>_test_split{options.split_number}.txt")
+    videos = set(paths)
     found: dict[str, list[tuple[str, int, Listed]]] = {"train": [], "validation": []}
     absent: tuple[Quarantined, ...] = ()
     named: set[str] = set()

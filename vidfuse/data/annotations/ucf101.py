@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vidfuse.config import LayoutConfig
-from vidfuse.data.annotations.files import PLACES, SUFFIXES, archive_advice, find, read_lines, videos_below
+from vidfuse.data.annotations.files import PLACES, find, read_lines, videos_of_classes
 from vidfuse.data.annotations.source import Listed, Source, SourceVideo, keys_of, leave_out
 from vidfuse.data.shards import DataError, Quarantined
 
@@ -37,20 +37,8 @@ def read(folder: Path, options: LayoutConfig) -> Source:
     if lists is None:
         raise DataError(f"{folder}: no classInd.txt; unpack UCF101TrainTestSplits-RecognitionTask.zip beside the class folders")
     classes = _classes(lists)
-    place = next(place for place in _VIDEOS if (folder / place).is_dir())
-    prefix = "" if place == "." else f"{place}/"
-    videos = {
-        path.removeprefix(prefix): path
-        for name in classes
-        if (folder / place / name).is_dir()
-        for path in videos_below(folder, f"{prefix}{name}", depth=0)
-    }
-    if not videos:
-        advice = archive_advice(folder)
-        raise DataError(
-            f"{folder / place}: no class folder of classInd.txt is here with a video in it ({SUFFIXES})"
-            f"{'; ' + advice if advice else ''}"
-        )
+    prefix, paths = videos_of_classes(folder, _VIDEOS, classes, "classInd.txt")
+    videos = {path.removeprefix(prefix): path for path in paths}
     numbers = {name: index for index, name in enumerate(classes)}
     files = {"train": f"trainlist{options.split_number:02d}.txt", "validation": f"testlist{options.split_number:02d}.txt"}
     found: dict[str, list[tuple[str, Listed]]] = {}
