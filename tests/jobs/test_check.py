@@ -115,7 +115,7 @@ def test_three_depths(packed):
     assert faults(packed, "files") == [f"{FIRST}: {len(tar) - 1} bytes, the manifest says {len(tar)}"]
     (packed / FIRST).write_bytes(tar[:-1] + b"x")
     assert faults(packed, "files") == []
-    assert faults(packed)[0] == f"{FIRST}: altered, its sha256 is not the manifest's"
+    assert faults(packed)[0] == f"{FIRST}: altered, its sha256 is not the manifest's; remove it and pack the set again"
     (packed / FIRST).unlink()
     assert faults(packed, "files") == faults(packed) == [f"{FIRST}: missing"]
 
@@ -144,7 +144,7 @@ def test_an_altered_shard_names_the_video(packed):
     (packed / FIRST).write_bytes(tar)
     key = key_of(content, 1)
     assert faults(packed) == [
-        f"{FIRST}: altered, its sha256 is not the manifest's",
+        f"{FIRST}: altered, its sha256 is not the manifest's; remove it and pack the set again",
         f"{FIRST}/{key}: the video's bytes are altered, their sha256 is not that of its json",
     ]
 
@@ -154,7 +154,7 @@ def test_an_altered_header(packed):
     start = tar.index(content[2][0].encode())
     (packed / FIRST).write_bytes(tar[:start] + b"X" + tar[start + 1 :])
     found = faults(packed)
-    assert found[0] == f"{FIRST}: altered, its sha256 is not the manifest's"
+    assert found[0] == f"{FIRST}: altered, its sha256 is not the manifest's; remove it and pack the set again"
     assert f"{FIRST}: damaged tar header at byte {start}: bad checksum" in found
 
 

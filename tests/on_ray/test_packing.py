@@ -145,6 +145,84 @@ def test_an_interrupted_run_continues_to_the_same_bytes(packed, folder, tmp_path
     assert "34/34 videos (100 %)" in seen[-1][1]
 
 
+def flip_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", [None, TranscodeConfig(short_side=64)])
+def test_a_finished_set_that_lost_files_is_repaired_to_the_same_bytes(ray_cluster, folder, tmp_path, form):
+    place, url = tmp_path / "set", str(tmp_path / "set")
+
+    def again() -> packing.Packed:
+        return packing.pack(packing.prepare(read_layout(folder), folder, url, SHARD, form))
+
+    manifest, whole = again().manifest, contents(url)
+    written = (place / "manifest.json").stat().st_mtime_ns
+    (place / "train-00000.tar").unlink()
+    (place / "train-00001.tar").write_bytes(whole["train-00001.tar"][:-512])
+    (place / "test-00000.json").unlink()
+    flip_byte(place / "train.index.parquet")
+    (place / "validation.index.parquet").unlink()
+    (place / "quarantine.json").unlink()
+    lost = ("train-00000.tar", "train-00001.tar", "test-00000.json", "train.index.parquet", "validation.index.parquet")
+    done = again()
+    assert sorted(done.repaired) == sorted((*lost, "quarantine.json"))
+    assert (done.written, done.already, done.manifest) == (3, False, manifest)
+    assert next(done.lines(url)).startswith("repaired: ") and "train-00000.tar" in next(done.lines(url))
+    assert contents(url) == whole
+    assert (place / "manifest.json").stat().st_mtime_ns == written
+    assert check(url) == [] and again().already
+    flip_byte(place / "train-00002.tar")
+    assert check(url)[0].endswith("remove it and pack the set again")
+    (place / "train-00002.tar").unlink()
+    assert again().repaired == ("train-00002.tar",)
+    assert contents(url) == whole
+
+
+@pytest.mark.ray
+def test_what_would_not_come_out_as_it_was_is_not_written(ray_cluster, own_folder, tmp_path):
+    place, url = tmp_path / "set", str(tmp_path / "set")
+    pack(own_folder, url)
+    record = shards.parse_record(shards.ShardRecord, (place / "train-00000.json").read_bytes(), "")
+    flip_byte(own_folder / f"20bn-something-something-v2/{record.samples[0].key}.webm")
+    (place / "train-00000.tar").unlink()
+    before = contents(url)
+    with pytest.raises(DataError, match=r"train-00000.tar would not be the one that the manifest names .*was not written: its"):
+        pack(own_folder, url)
+    assert contents(url) == before
+    (place / "train-00000.json").write_text("{}")
+    with pytest.raises(DataError, match=r"train-00000.json: not a ShardRecord: .*; remove the file, and give the same command"):
+        prepare(own_folder, url)
+
+
+@pytest.mark.ray
+def test_an_index_that_another_pyarrow_wrote_is_not_replaced(ray_cluster, own_folder, tmp_path):
+    place, url = tmp_path / "set", str(tmp_path / "set")
+    pack(own_folder, url)
+    text = (place / "manifest.json").read_text()
+    digest = shards.parse_record(shards.Manifest, text.encode(), "").splits["train"].index_sha256
+    (place / "manifest.json").write_text(text.replace(digest, "0" * 64))
+    before = contents(url)
+    with pytest.raises(DataError, match=r"train.index.parquet would not be the one .* another version of pyarrow"):
+        pack(own_folder, url)
+    assert contents(url) == before
+
+
+@pytest.mark.ray
+def test_shards_that_a_continued_run_keeps_are_verified(ray_cluster, folder, tmp_path):
+    place, url = tmp_path / "set", str(tmp_path / "set")
+    pack(folder, url)
+    whole = contents(url)
+    (place / "manifest.json").unlink()
+    flip_byte(place / "train-00001.tar")
+    done = pack(folder, url)
+    assert (done.written, done.kept) == (1, sum(name.endswith(".tar") for name in whole) - 1)
+    assert contents(url) == whole
+
+
 @pytest.mark.s3
 @pytest.mark.ray
 def test_leftovers_of_another_plan_are_named(packed, folder, tmp_path):

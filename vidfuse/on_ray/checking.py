@@ -174,7 +174,7 @@ def _check_shard(url: str, shard: ShardInfo, expected: tuple[IndexRow, ...] | No
     if hashed.bytes < shard.bytes:
         report.faults.insert(0, f"{shard.name}: truncated, {hashed.bytes} of {shard.bytes} bytes are there")
     elif hashed.hash.hexdigest() != shard.sha256:
-        report.faults.insert(0, f"{shard.name}: altered, its sha256 is not the manifest's")
+        report.faults.insert(0, f"{shard.name}: altered, its sha256 is not the manifest's; remove it and pack the set again")
     if len(rows) != shard.samples:
         report.faults.append(f"{shard.name}: {len(rows)} whole samples, the manifest says {shard.samples}")
     report.faults.extend(_index_faults(shard.name, rows, expected))

@@ -4,7 +4,8 @@ Comes in: a `Source`, the folder (which every worker can see) and a URL. Goes ou
 `quarantine.json`, and `manifest.json` last: its presence says that the set is finished, and nothing writes over it.
 
 What goes into which shard is decided first (`data.planning`). A shard's record is written after its tar; packing again after a
-crash skips the shards that have one.
+crash keeps the shards that are what their records say. Packing again over a finished set writes what is missing or of another size,
+if it comes out as the manifest names it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,16 @@ from vidfuse.config import TranscodeConfig
 from vidfuse.data import shards
 from vidfuse.data.annotations.source import Source
 from vidfuse.data.planning import SHARD_BYTES, Plan, ShardPlan, make_plan
-from vidfuse.data.shards import DataError, Manifest, ShardInfo, ShardRecord, SplitInfo
+from vidfuse.data.shards import DataError, Manifest, Quarantine, ShardInfo, ShardRecord, SplitInfo
 from vidfuse.data.transcode import check_encoder
 from vidfuse.on_ray import storage
-from vidfuse.on_ray.shard_writing import ROOM, ShardJob, write_shard
+from vidfuse.on_ray.shard_writing import ROOM, ShardJob, complete_shard
 from vidfuse.on_ray.tasks import Board, Progress, run_tasks
 
 BOARD_SECONDS = 5.0
 """How long the board of what is under way is waited for."""
+_NAMED = 10
+"""Most files that a line names."""
 _SHARD_FILE = re.compile(r".+-\d{5}\.(tar|json)")
 
 
@@ -48,12 +51,17 @@ class Packed:
     """Shards that were there from an earlier, interrupted run; all of them if nothing was left to do."""
 
     already: bool = False
-    """Whether the set was finished before."""
+    """Whether the set was finished before, and is whole."""
+    repaired: tuple[str, ...] = ()
+    """Files of a finished set that were lost, and are what they were again."""
 
     def lines(self, url: str) -> Iterator[str]:
         """In words."""
         if self.already:
             yield f"{url} was finished already with the same videos: nothing written"
+        elif self.repaired:
+            more = f" and {len(self.repaired) - _NAMED} more" if len(self.repaired) > _NAMED else ""
+            yield f"repaired: {', '.join(self.repaired[:_NAMED])}{more} written again, as the manifest names them"
         elif self.kept:
             yield f"continued: {self.kept} shards were there, {self.written} written"
         for split, info in self.manifest.splits.items():
@@ -72,9 +80,16 @@ class Packing:
     place: str
     """URL or absolute folder of the set."""
     records: dict[str, ShardRecord]
-    """Of shards that an interrupted run completed."""
-    finished: Manifest | None
-    """Of a set that is there whole: nothing is left to do."""
+    """Of shards that are there, by names and sizes."""
+    manifest: Manifest | None
+    """Of a set that was finished."""
+    lost: tuple[str, ...]
+    """What is missing of it, or is not what it was."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: Ray is not needed."""
+        return self.manifest is not None and not self.lost
 
 
 def prepare(
@@ -90,7 +105,7 @@ def prepare(
         transcode: Form that videos are brought into; `None`: they stay as they are.
 
     Raises:
-        DataError: too small a bound, a missing file, no encoder, no room, or a place that holds another set.
+        DataError: too small a bound, a missing file, no encoder, no room, or a place that holds another set or a damaged record.
         StorageError: a place that cannot be written.
     """
     fs, root = storage.open_storage(url)
@@ -100,14 +115,19 @@ def prepare(
     if transcode:
         check_encoder()
     plan = make_plan(source, folder, shard_bytes, transcode)
-    finished = _finished(fs, root, plan)
-    if not finished:
-        storage.check_storage(url, write=True)
-    records = {} if finished else _leftovers(fs, root, plan)
-    if local and not finished:
-        _check_room(root, plan, records)
+    manifest = _manifest(fs, root, plan)
+    found = storage.list_files(fs, root)
+    if not manifest:
+        _check_names(root, plan, found)
+    records = _records(fs, root, plan, found, manifest)
+    lost = tuple(_lost(fs, root, plan, found, records, manifest)) if manifest else ()
     # A worker's working directory is not this process's.
-    return Packing(plan, Path(folder).absolute(), root if local else url, records, finished)
+    packing = Packing(plan, Path(folder).absolute(), root if local else url, records, manifest, lost)
+    if not packing.finished:
+        storage.check_storage(url, write=True)
+        if local:
+            _check_room(root, plan, records)
+    return packing
 
 
 def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = None) -> Packed:
@@ -118,19 +138,27 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
         on_progress: Called after each shard, and every ten seconds between.
 
     Raises:
-        DataError: a source that changes meanwhile or that a worker cannot see, a split of which no video decodes.
+        DataError: a source that changes meanwhile or that a worker cannot see, a split of which no video decodes, or a file of a
+            finished set that does not come out as it was.
         StorageError: no room is left; what is written stays.
     """
-    plan, records = packing.plan, dict(packing.records)
-    if packing.finished:
-        return Packed(packing.finished, 0, len(plan.shards), already=True)
+    plan, manifest = packing.plan, packing.manifest
+    if manifest and packing.finished:
+        return Packed(manifest, 0, len(plan.shards), already=True)
+    listed = _listed(manifest) if manifest else {}
     progress = Progress(sum(shard.bytes for shard in plan.shards), sum(len(shard.videos) for shard in plan.shards))
+    records: dict[str, ShardRecord] = {}
+    units: list[tuple[ShardPlan, ShardRecord | None, str | None]] = []
     for shard in plan.shards:
-        if shard.name in records:
-            _count(progress, shard, records[shard.name])
-    progress.bytes_before = progress.bytes
-    todo = [shard for shard in plan.shards if shard.name not in records]
-    board: Any = Board.remote() if todo else None  # type: ignore[attr-defined]
+        there = packing.records.get(shard.name)
+        if there and (manifest or not there.samples):
+            records[shard.name] = there
+            _count(progress, shard, there, kept=True)
+        elif manifest:
+            units.append((shard, None, listed[shard.name].sha256 if shard.name in listed else ""))
+        else:
+            units.append((shard, there, None))
+    board: Any = Board.remote() if units else None  # type: ignore[attr-defined]
     job = ShardJob(packing.place, str(packing.folder), plan.digest, plan.recipe.transcode, board)
 
     def tell(ended: ShardPlan | None = None) -> None:
@@ -142,17 +170,24 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
         if on_progress:
             on_progress(progress.with_more(*more))
 
-    for number, record in run_tasks(write_shard, [(job, shard) for shard in todo], on_wait=tell):
+    written = 0
+    for number, (record, kept) in run_tasks(complete_shard, [(job, *unit) for unit in units], on_wait=tell):
+        shard = units[number][0]
         records[record.name] = record
-        _count(progress, todo[number], record)
-        tell(todo[number])
+        written += not kept
+        _count(progress, shard, record, kept=kept)
+        tell(shard)
     fs, root = storage.open_storage(packing.place)
     with storage.told_when_full(packing.place, ROOM):
-        return Packed(_finish(fs, root, plan, records), len(todo), len(packing.records))
+        if manifest:
+            _repair(fs, root, plan, records, manifest, packing.lost)
+            return Packed(manifest, written, len(plan.shards) - written, repaired=packing.lost)
+        return Packed(_finish(fs, root, plan, records), written, len(plan.shards) - written)
 
 
-def _count(progress: Progress, plan: ShardPlan, record: ShardRecord) -> None:
+def _count(progress: Progress, plan: ShardPlan, record: ShardRecord, *, kept: bool) -> None:
     progress.bytes += plan.bytes
+    progress.bytes_before += plan.bytes if kept else 0
     progress.videos += len(plan.videos)
     progress.quarantined += len(record.quarantined)
 
@@ -160,7 +195,7 @@ def _count(progress: Progress, plan: ShardPlan, record: ShardRecord) -> None:
 # --- what is there already ---
 
 
-def _finished(fs: Any, root: str, plan: Plan) -> Manifest | None:
+def _manifest(fs: Any, root: str, plan: Plan) -> Manifest | None:
     if not storage.exists(fs, storage.join(root, shards.MANIFEST)):
         return None
     manifest = shards.read_manifest(fs, root)
@@ -173,27 +208,64 @@ def _finished(fs: Any, root: str, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def _leftovers(fs: Any, root: str, plan: Plan) -> dict[str, ShardRecord]:
-    """Records of the plan's shards that are complete."""
-    found = storage.list_files(fs, root)
+def _check_names(root: str, plan: Plan, found: Iterable[str]) -> None:
     names = {name for part in plan.shards for name in (part.name, shards.record_name(part.name))}
     for name in found:
         if _SHARD_FILE.fullmatch(name) and name not in names:
             raise DataError(f"{root} holds {name}, part of another packed set; give another URL, or remove that set first")
+
+
+def _records(fs: Any, root: str, plan: Plan, found: Mapping[str, int], manifest: Manifest | None) -> dict[str, ShardRecord]:
+    """Records of the plan's shards that are complete, and are the manifest's where there is one."""
     records: dict[str, ShardRecord] = {}
+    listed = _listed(manifest) if manifest else {}
     for part in plan.shards:
         name = shards.record_name(part.name)
         if name not in found:
             continue
-        record = shards.parse_record(ShardRecord, storage.read_bytes(fs, storage.join(root, name)), f"{root}/{name}")
+        try:
+            record = shards.parse_record(ShardRecord, storage.read_bytes(fs, storage.join(root, name)), f"{root}/{name}")
+        except DataError as error:
+            raise DataError(f"{error}; remove the file, and give the same command again: it writes it anew") from None
         if record.plan != plan.digest:
             raise DataError(
                 f"{root} holds {name} of an interrupted run over another source or with other options; give that command"
                 f" again, give another URL, or remove the files first"
             )
-        if not record.samples or found.get(part.name) == record.bytes:
+        whole = not record.samples or found.get(part.name) == record.bytes
+        same = manifest is None or record.sha256 == (listed[part.name].sha256 if part.name in listed else "")
+        if whole and same:
             records[part.name] = record
     return records
+
+
+def _lost(
+    fs: Any, root: str, plan: Plan, found: Mapping[str, int], records: Mapping[str, ShardRecord], manifest: Manifest
+) -> Iterator[str]:
+    """Files of a finished set that are missing, of another size, or, where they are small, of other bytes."""
+    listed = _listed(manifest)
+    for part in plan.shards:
+        if part.name in listed and found.get(part.name) != listed[part.name].bytes:
+            yield part.name
+        elif part.name not in records:
+            yield shards.record_name(part.name)
+    for info in manifest.splits.values():
+        if info.index not in found or _sha256(storage.read_bytes(fs, storage.join(root, info.index))) != info.index_sha256:
+            yield info.index
+    complete = len(records) == len(plan.shards)
+    if shards.QUARANTINE not in found or (
+        complete
+        and storage.read_bytes(fs, storage.join(root, shards.QUARANTINE)) != shards.dump_record(_left_out(plan, records))
+    ):
+        yield shards.QUARANTINE
+
+
+def _listed(manifest: Manifest) -> dict[str, ShardInfo]:
+    return {shard.name: shard for info in manifest.splits.values() for shard in info.shards}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _check_room(root: str, plan: Plan, records: dict[str, ShardRecord]) -> None:
@@ -209,17 +281,15 @@ def _check_room(root: str, plan: Plan, records: dict[str, ShardRecord]) -> None:
 # --- the end ---
 
 
-def _finish(fs: Any, root: str, plan: Plan, records: dict[str, ShardRecord]) -> Manifest:
-    ordered = [records[part.name] for part in plan.shards]
-    _check_written(fs, root, ordered)
-    quarantined = tuple(video for record in ordered for video in record.quarantined)
-    quarantine = shards.Quarantine(videos=quarantined + plan.source.absent)
+def _finish(fs: Any, root: str, plan: Plan, records: Mapping[str, ShardRecord]) -> Manifest:
+    _check_written(fs, root, plan, records)
+    quarantine = _left_out(plan, records)
     storage.write_bytes(fs, storage.join(root, shards.QUARANTINE), shards.dump_record(quarantine))
     splits = {}
     for split in plan.source.splits:
-        mine = [record for part, record in zip(plan.shards, ordered, strict=True) if part.split == split and record.samples]
+        mine = _of_split(plan, records, split)
         if not mine:
-            first = next(video for video in quarantined if video.split == split)
+            first = next(video for video in quarantine.videos if video.split == split)
             raise DataError(f"no video of split {split!r} decodes; the first one, {first.path}: {first.reason}")
         splits[split] = _write_split(fs, root, split, mine)
     manifest = Manifest(
@@ -234,6 +304,35 @@ def _finish(fs: Any, root: str, plan: Plan, records: dict[str, ShardRecord]) -> 
     return manifest
 
 
+def _repair(
+    fs: Any, root: str, plan: Plan, records: Mapping[str, ShardRecord], manifest: Manifest, lost: Collection[str]
+) -> None:
+    """Write what is lost besides shards, which are there again."""
+    _check_written(fs, root, plan, records)
+    if shards.QUARANTINE in lost:
+        storage.write_bytes(fs, storage.join(root, shards.QUARANTINE), shards.dump_record(_left_out(plan, records)))
+    for split, info in manifest.splits.items():
+        if info.index not in lost:
+            continue
+        index = shards.encode_index(_of_split(plan, records, split))
+        if _sha256(index) != info.index_sha256:
+            raise DataError(
+                f"{root}/{info.index} would not be the one that the manifest names (its sha256 differs), and was not written: the"
+                f" set was packed with another version of pyarrow; install that one, or pack to another URL"
+            )
+        storage.write_bytes(fs, storage.join(root, info.index), index)
+
+
+def _of_split(plan: Plan, records: Mapping[str, ShardRecord], split: str) -> list[ShardRecord]:
+    """Records of the shards in which a split has samples, in order."""
+    return [records[part.name] for part in plan.shards if part.split == split and records[part.name].samples]
+
+
+def _left_out(plan: Plan, records: Mapping[str, ShardRecord]) -> Quarantine:
+    videos = (video for part in plan.shards for video in records[part.name].quarantined)
+    return Quarantine(videos=(*videos, *plan.source.absent))
+
+
 def _write_split(fs: Any, root: str, split: str, records: Sequence[ShardRecord]) -> SplitInfo:
     index = shards.encode_index(records)
     name = shards.index_name(split)
@@ -242,14 +341,15 @@ def _write_split(fs: Any, root: str, split: str, records: Sequence[ShardRecord])
         samples=sum(len(record.samples) for record in records),
         bytes=sum(record.bytes for record in records),
         index=name,
-        index_sha256=hashlib.sha256(index).hexdigest(),
+        index_sha256=_sha256(index),
         shards=tuple(ShardInfo(name=r.name, samples=len(r.samples), bytes=r.bytes, sha256=r.sha256) for r in records),
     )
 
 
-def _check_written(fs: Any, root: str, records: Sequence[ShardRecord]) -> None:
+def _check_written(fs: Any, root: str, plan: Plan, records: Mapping[str, ShardRecord]) -> None:
     found = storage.list_files(fs, root)
-    lost = [record.name for record in records if record.samples and found.get(record.name) != record.bytes]
+    ordered = [records[part.name] for part in plan.shards]
+    lost = [record.name for record in ordered if record.samples and found.get(record.name) != record.bytes]
     if lost:
         raise DataError(
             f"{root}: {lost[0]} was written by a worker and is not there as seen from here; every machine of the cluster has to"

@@ -6,6 +6,7 @@ task holds one video in memory and one shard on its disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import tempfile
@@ -22,6 +23,7 @@ from vidfuse.data.decode import VideoInfo
 from vidfuse.data.planning import PlannedVideo, ShardPlan
 from vidfuse.data.shards import DataError, Quarantined, SampleMeta, ShardRecord
 from vidfuse.on_ray import storage
+from vidfuse.on_ray.checking import READ_BYTES, Hashed
 
 NOTE_SECONDS = 2.0
 """Between two notes of how far a shard is."""
@@ -45,8 +47,45 @@ class ShardJob:
     """Handle of a `tasks.Board`."""
 
 
-def write_shard(job: ShardJob, plan: ShardPlan) -> ShardRecord:
+def complete_shard(job: ShardJob, plan: ShardPlan, there: ShardRecord | None, sha256: str | None) -> tuple[ShardRecord, bool]:
+    """Keep a shard that is what its record says, and write any other.
+
+    Args:
+        job: Of the set.
+        plan: Of the shard.
+        there: Its record from an interrupted run; `None`: there is none.
+        sha256: As for `write_shard`.
+
+    Returns:
+        Its record, and whether it was kept.
+
+    Raises:
+        DataError, StorageError, OSError: as `write_shard`.
+    """
+    if there and _is_whole(job, there):
+        return there, True
+    return write_shard(job, plan, sha256), False
+
+
+def _is_whole(job: ShardJob, record: ShardRecord) -> bool:
+    fs, root = storage.open_storage(job.place)
+    try:
+        stream = fs.open_input_stream(storage.join(root, record.name), buffer_size=READ_BYTES)
+    except FileNotFoundError:
+        return False
+    with contextlib.closing(stream):
+        hashed = Hashed(stream)
+        hashed.drain()
+    return hashed.hash.hexdigest() == record.sha256
+
+
+def write_shard(job: ShardJob, plan: ShardPlan, sha256: str | None = None) -> ShardRecord:
     """Write a shard and then its record.
+
+    Args:
+        job: Of the set.
+        plan: Of the shard.
+        sha256: What the shard has to be, or nothing is written; `""`: none of its videos is to decode; `None`: anything.
 
     Raises:
         DataError: the videos are not there or have changed.
@@ -60,6 +99,12 @@ def write_shard(job: ShardJob, plan: ShardPlan) -> ShardRecord:
         here = f"the scratch folder {Path(scratch).parent} of {socket.gethostname()}"
         with storage.told_when_full(here, " (or set TMPDIR)"):
             rows, digest = _write_tar(tar, _samples(job, plan, quarantined))
+        if sha256 is not None and sha256 != (digest if rows else ""):
+            raise DataError(
+                f"{job.place}: {plan.name} would not be the one that the manifest names (its sha256 differs), and was not written:"
+                f" its videos, or the versions of PyAV and vidfuse, are not those that it was packed with; bring them back, or"
+                f" pack to another URL"
+            )
         record = ShardRecord(
             name=plan.name,
             plan=job.digest,
