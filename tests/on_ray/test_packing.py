@@ -8,14 +8,17 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.proxy import proxy
-from tests.support import make_ssv2, make_ucf101, make_video, write_json
+from tests.support import REPO, make_ssv2, make_ucf101, make_video, write_json
 from vidfuse.config import LayoutConfig, TranscodeConfig
 from vidfuse.data import shards
 from vidfuse.data.layouts import read_layout
@@ -416,6 +419,35 @@ def test_a_scratch_folder_that_is_full(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("vidfuse.data.tars.write_shard", full)
     with pytest.raises(StorageError, match=r"the scratch folder .* of .*: no room left; free some \(or set TMPDIR\)"):
         write_shard(job_of(ready), ready.plan.shards[0])
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_run(folder, tmp_path, monkeypatch):
+    """A scratch folder whose process is dead; that of a process that lives stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    hold = "from vidfuse.on_ray.shard_writing import _scratch\nwith _scratch() as s: print(s, flush=True); input()"
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(REPO)}
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    alive, killed = (subprocess.Popen([sys.executable, "-c", hold], **options) for _ in range(2))
+    kept, left = (Path(program.stdout.readline().strip()) for program in (alive, killed))
+    killed.kill()
+    killed.communicate()
+    assert kept.is_dir() and left.is_dir()
+    ready = prepare(folder, str(tmp_path / "set"))
+    write_shard(job_of(ready), ready.plan.shards[0])
+    assert list((tmp_path / "tmp").iterdir()) == [kept]
+    alive.communicate("")
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.ray
+def test_partial_files_of_the_set_are_removed(ray_cluster, folder, tmp_path):
+    place = tmp_path / "set"
+    place.mkdir()
+    for name in ("train-00000.tar", "train.index.parquet", "other"):
+        (place / f".{name}.{'0' * 32}").write_bytes(b"cut off")
+    pack(folder, str(place))
+    assert [file.name for file in place.glob(".*")] == [f".other.{'0' * 32}"]
 
 
 @pytest.mark.s3

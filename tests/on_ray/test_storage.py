@@ -75,6 +75,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
 
 
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    """A file that is being written is not, nor are other names."""
+    fs, root = open_storage(str(tmp_path))
+    left, other, short = (f".{name}" for name in (f"a.tar.{'0' * 32}", f"b.tar.{'0' * 32}", "a.tar.0"))
+    for name in (left, other, short, "a.tar"):
+        (tmp_path / name).write_bytes(b"1")
+    with storage._writing(fs, f"{root}/a.tar") as file:
+        file.write(b"2")
+        storage.remove_partials(fs, root, {"a.tar"})
+        assert not (tmp_path / left).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {other, short, "a.tar"}
+    assert (tmp_path / "a.tar").read_bytes() == b"2"
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [

@@ -158,6 +158,9 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
             units.append((shard, None, listed[shard.name].sha256 if shard.name in listed else ""))
         else:
             units.append((shard, there, None))
+    fs, root = storage.open_storage(packing.place)
+    names = _names(plan)
+    storage.remove_partials(fs, root, names)
     board: Any = Board.remote() if units else None  # type: ignore[attr-defined]
     job = ShardJob(packing.place, str(packing.folder), plan.digest, plan.recipe.transcode, board)
 
@@ -177,7 +180,7 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
         written += not kept
         _count(progress, shard, record, kept=kept)
         tell(shard)
-    fs, root = storage.open_storage(packing.place)
+    storage.remove_partials(fs, root, names)  # of tasks that were killed and tried again
     with storage.told_when_full(packing.place, ROOM):
         if manifest:
             _repair(fs, root, plan, records, manifest, packing.lost)
@@ -208,8 +211,14 @@ def _manifest(fs: Any, root: str, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def _check_names(root: str, plan: Plan, found: Iterable[str]) -> None:
+def _names(plan: Plan) -> set[str]:
+    """Of all files of a set."""
     names = {name for part in plan.shards for name in (part.name, shards.record_name(part.name))}
+    return names | {shards.index_name(split) for split in plan.source.splits} | {shards.QUARANTINE, shards.MANIFEST}
+
+
+def _check_names(root: str, plan: Plan, found: Iterable[str]) -> None:
+    names = _names(plan)
     for name in found:
         if _SHARD_FILE.fullmatch(name) and name not in names:
             raise DataError(f"{root} holds {name}, part of another packed set; give another URL, or remove that set first")

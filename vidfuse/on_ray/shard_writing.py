@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import socket
 import tempfile
 import time
@@ -27,6 +28,8 @@ from vidfuse.on_ray.checking import READ_BYTES, Hashed
 
 NOTE_SECONDS = 2.0
 """Between two notes of how far a shard is."""
+SCRATCH = "vidfuse-packing-"
+"""How names of scratch folders begin."""
 ROOM = " or raise the quota"
 """What helps where a set's place is full."""
 
@@ -94,9 +97,9 @@ def write_shard(job: ShardJob, plan: ShardPlan, sha256: str | None = None) -> Sh
     """
     fs, root = storage.open_storage(job.place, write=True)
     quarantined: list[Quarantined] = []
-    with tempfile.TemporaryDirectory(prefix="vidfuse-pack-") as scratch:
-        tar = Path(scratch) / plan.name
-        here = f"the scratch folder {Path(scratch).parent} of {socket.gethostname()}"
+    with _scratch() as scratch:
+        tar = scratch / plan.name
+        here = f"the scratch folder {scratch.parent} of {socket.gethostname()}"
         with storage.told_when_full(here, " (or set TMPDIR)"):
             rows, digest = _write_tar(tar, _samples(job, plan, quarantined))
         if sha256 is not None and sha256 != (digest if rows else ""):
@@ -118,6 +121,33 @@ def write_shard(job: ShardJob, plan: ShardPlan, sha256: str | None = None) -> Sh
                 storage.upload(fs, storage.join(root, plan.name), str(tar))
             storage.write_bytes(fs, storage.join(root, shards.record_name(plan.name)), shards.dump_record(record))
     return record
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder on this machine's disk; those of processes that were killed are removed: nobody holds their locks."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError), storage.locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.ExitStack() as held:
+        folder = _locked_folder(held)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(held: contextlib.ExitStack) -> Path:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH))
+        try:
+            held.enter_context(storage.locked(folder))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another task took it for one that was left, before it had its lock
+        except OSError:
+            return folder  # a file system without locks: nobody removes it, either
+        if folder.exists():
+            return folder
 
 
 def _write_tar(tar: Path, samples: Iterator[tuple[SampleMeta, str, bytes]]) -> tuple[tuple[shards.IndexRow, ...], str]:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +35,8 @@ ATTEMPTS = 10
 CHECK_SECONDS = 5.0
 """How long `check_storage` waits to connect, and then for an answer."""
 _COPY_BYTES = 8 * 1024**2
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}")
+"""Name of a local file while it is written."""
 _FULL = ("QuotaExceeded", "InsufficientStorage", "Insufficient Storage", "XMinioStorageFull", "HTTP status 507")
 """What servers answer that have no room."""
 
@@ -176,6 +180,37 @@ def delete(fs: Any, path: str) -> None:
         fs.delete_file(path)
 
 
+def remove_partials(fs: Any, folder: str, names: Collection[str]) -> None:
+    """Remove what processes that were killed left of files directly in a folder; what is being written is left alone.
+
+    Args:
+        fs: A pyarrow file system; object storage has no such files.
+        folder: Path on it.
+        names: Of the files.
+    """
+    for path in Path(folder).glob(".*") if isinstance(fs, pafs.LocalFileSystem) else ():
+        partial = _PARTIAL.fullmatch(path.name)
+        if partial and partial[1] in names:
+            with contextlib.suppress(OSError), locked(path):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a local file or folder, which ends with the process at the latest.
+
+    Raises:
+        BlockingIOError: another holds it.
+        OSError: it is not there, or its file system has no locks.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only what is open for writing
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def _writing(fs: Any, path: str) -> Iterator[Any]:
     if not isinstance(fs, pafs.LocalFileSystem):
@@ -186,7 +221,9 @@ def _writing(fs: Any, path: str) -> Iterator[Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "xb") as file, contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                held.enter_context(locked(partial))
             yield file
             file.flush()
             os.fsync(file.fileno())
