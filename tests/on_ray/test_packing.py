@@ -294,7 +294,6 @@ def test_a_source_that_changes_or_cannot_be_seen(ray_cluster, tmp_path):
     for number, (change, words) in enumerate(
         (
             (lambda: video.write_bytes(make_video(30, suffix="avi")), "bytes when packing began and has"),
-            (video.unlink, "was there when packing began, and is gone"),
             (lambda: folder.rename(tmp_path / "moved"), "cannot see the source folder .* mounts under this path"),
         )
     ):
@@ -303,6 +302,57 @@ def test_a_source_that_changes_or_cannot_be_seen(ray_cluster, tmp_path):
         change()
         with pytest.raises(DataError, match=words):
             packing.pack(ready)
+
+
+@pytest.mark.ray
+def test_files_that_cannot_be_read_are_left_out_and_tried_again(ray_cluster, own_folder, tmp_path):
+    """A folder that is called like a video, and a file that goes after the planning; the others are packed."""
+    videos, url = own_folder / "20bn-something-something-v2", str(tmp_path / "set")
+    (videos / "1001.webm").unlink()
+    (videos / "1001.webm").mkdir()
+    ready = prepare(own_folder, url)
+    (videos / "1002.webm").rename(videos / "elsewhere")
+    done = packing.pack(ready)
+    assert (done.manifest.quarantined, done.manifest.splits["train"].samples) == (2, 22)
+    reasons = {video["key"]: video["reason"] for video in json.loads((tmp_path / "set/quarantine.json").read_text())["videos"]}
+    assert reasons == {
+        "1001": "the file cannot be read: Is a directory",
+        "1002": "the file cannot be read: No such file or directory",
+    }
+    assert check(url) == []
+    (videos / "elsewhere").rename(videos / "1002.webm")
+    (tmp_path / "set/manifest.json").unlink()
+    assert pack(own_folder, url).manifest.quarantined == 1, "what could not be read is tried again when packing continues"
+
+
+@pytest.mark.parametrize(("number", "left_out"), [(errno.EACCES, True), (errno.EIO, True), (errno.ESTALE, False)])
+def test_which_errors_concern_one_file(folder, tmp_path, monkeypatch, number, left_out):
+    ready = prepare(folder, str(tmp_path / "set"))
+    bad, real = ready.plan.shards[0].videos[0].video, Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == Path(bad.path).name:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    if not left_out:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_shard(job_of(ready), ready.plan.shards[0])
+        return
+    record = write_shard(job_of(ready), ready.plan.shards[0])
+    assert [(video.key, video.reason) for video in record.quarantined] == [
+        (bad.key, f"the file cannot be read: {os.strerror(number)}")
+    ]
+
+
+def test_a_source_that_is_not_mounted(folder, tmp_path):
+    """Its empty folder may be there; its videos are not left out."""
+    ready = prepare(folder, str(tmp_path / "set"))
+    (tmp_path / "mount").mkdir()
+    job = replace(job_of(ready), folder=str(tmp_path / "mount"))
+    with pytest.raises(DataError, match=r"cannot see the source folder .* mounts under this path"):
+        write_shard(job, ready.plan.shards[0])
 
 
 @pytest.mark.s3

@@ -151,7 +151,7 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
     units: list[tuple[ShardPlan, ShardRecord | None, str | None]] = []
     for shard in plan.shards:
         there = packing.records.get(shard.name)
-        if there and (manifest or not there.samples):
+        if there and manifest:
             records[shard.name] = there
             _count(progress, shard, there, kept=True)
         elif manifest:

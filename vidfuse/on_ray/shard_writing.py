@@ -7,6 +7,7 @@ task holds one video in memory and one shard on its disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import shutil
 import socket
@@ -34,6 +35,18 @@ ROOM = " or raise the quota"
 """What helps where a set's place is full."""
 
 
+_UNREADABLE = "the file cannot be read"
+"""How reasons begin that may be gone when packing continues."""
+_OF_THE_FILE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOENT, errno.EIO, errno.ENXIO, errno.EBADMSG)
+)
+"""Errors that concern one file; others (a server that does not answer, no memory) may pass, or concern them all."""
+
+
+class UnreadableError(ValueError):
+    """A file that cannot be read; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class ShardJob:
     """What all shards of a set have in common."""
@@ -51,7 +64,7 @@ class ShardJob:
 
 
 def complete_shard(job: ShardJob, plan: ShardPlan, there: ShardRecord | None, sha256: str | None) -> tuple[ShardRecord, bool]:
-    """Keep a shard that is what its record says, and write any other.
+    """Keep a shard that is what its record says and of which all files could be read, and write any other.
 
     Args:
         job: Of the set.
@@ -71,6 +84,10 @@ def complete_shard(job: ShardJob, plan: ShardPlan, there: ShardRecord | None, sh
 
 
 def _is_whole(job: ShardJob, record: ShardRecord) -> bool:
+    if any(video.reason.startswith(_UNREADABLE) for video in record.quarantined):
+        return False
+    if not record.samples:
+        return True
     fs, root = storage.open_storage(job.place)
     try:
         stream = fs.open_input_stream(storage.join(root, record.name), buffer_size=READ_BYTES)
@@ -91,7 +108,7 @@ def write_shard(job: ShardJob, plan: ShardPlan, sha256: str | None = None) -> Sh
         sha256: What the shard has to be, or nothing is written; `""`: none of its videos is to decode; `None`: anything.
 
     Raises:
-        DataError: the videos are not there or have changed.
+        DataError: the source folder is not there, or videos have changed.
         StorageError: there is no room left.
         OSError: they, or the place, cannot be read or written.
     """
@@ -160,15 +177,15 @@ def _write_tar(tar: Path, samples: Iterator[tuple[SampleMeta, str, bytes]]) -> t
 
 
 def _samples(job: ShardJob, plan: ShardPlan, quarantined: list[Quarantined]) -> Iterator[tuple[SampleMeta, str, bytes]]:
-    """Samples of a shard; a video that does not decode whole is put into `quarantined` instead."""
+    """Samples of a shard; a video that cannot be read or does not decode whole is put into `quarantined` instead."""
     note = _noting(job, plan)
     done = 0
     for number, planned in enumerate(plan.videos, start=1):
         video = planned.video
-        source = _read_video(Path(job.folder), planned)
         try:
+            source = _read_video(Path(job.folder), planned)
             content, info = transcode.into_form(source, job.form) if job.form else (source, decode.probe(source))
-        except decode.DecodeError as error:
+        except (UnreadableError, decode.DecodeError) as error:
             quarantined.append(Quarantined(split=plan.split, key=video.key, path=video.path, reason=str(error)))
         else:
             suffix = Path(video.path).suffix.lower().lstrip(".") if content is source else transcode.SUFFIX
@@ -194,16 +211,23 @@ def _read_video(folder: Path, planned: PlannedVideo) -> bytes:
     path = folder / planned.video.path
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise DataError(f"{path} was there when packing began, and is gone") from None
-        raise DataError(
-            f"the worker on {socket.gethostname()} cannot see the source folder {folder}; put the videos on storage that every"
-            f" machine of the cluster mounts under this path, or pack on a cluster of one machine"
-        ) from None
+    except OSError as error:
+        if error.errno == errno.ENOENT and not _has_files(folder):
+            raise DataError(
+                f"the worker on {socket.gethostname()} cannot see the source folder {folder}; put the videos on storage that every"
+                f" machine of the cluster mounts under this path, or pack on a cluster of one machine"
+            ) from None
+        if error.errno not in _OF_THE_FILE:
+            raise
+        raise UnreadableError(f"{_UNREADABLE}: {error.strerror}") from None
     if len(content) != planned.bytes:
         raise DataError(f"{path} had {planned.bytes} bytes when packing began and has {len(content)} now; let the source rest")
     return content
+
+
+def _has_files(folder: Path) -> bool:
+    """Where a file system is not mounted there may be an empty folder."""
+    return folder.is_dir() and any(True for _ in folder.iterdir())
 
 
 def _describe(video: SourceVideo, info: VideoInfo, content: bytes, source: bytes) -> SampleMeta:
