@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -513,6 +514,18 @@ def test_a_bucket_that_is_full(s3, folder, monkeypatch, status):
             write_shard(job_of(ready), ready.plan.shards[0])
         faulty.faults.share = 0.0
         assert contents(ready.place) == {}
+
+
+@pytest.mark.ray
+def test_a_worker_that_dies_each_time_names_its_shard(ray_cluster, tmp_path):
+    def work(name: str) -> None:
+        with (tmp_path / "tries").open("a") as file:
+            file.write(f"{name}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"^a.tar: the process .* died, after 3 retries, too .* give the same command again"):
+        list(run_tasks(work, [("a",)], names=["a.tar"]))
+    assert (tmp_path / "tries").read_text() == "a\n" * 4
 
 
 # --- how far it is ---

@@ -98,7 +98,7 @@ def check(url: str, depth: Depth = "bytes", *, on_progress: Callable[[Progress],
 def _run(units: list[tuple[Any, ...]], on_progress: Callable[[Progress], None] | None) -> list[str]:
     progress = Progress(sum(unit[1].bytes for unit in units), sum(unit[1].samples for unit in units))
     reports: dict[int, ShardReport] = {}
-    for number, report in run_tasks(_check_shard, units):
+    for number, report in run_tasks(_check_shard, units, names=[unit[1].name for unit in units]):
         reports[number] = report
         progress.bytes += units[number][1].bytes
         progress.videos += units[number][1].samples

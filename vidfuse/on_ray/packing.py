@@ -174,7 +174,9 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
             on_progress(progress.with_more(*more))
 
     written = 0
-    for number, (record, kept) in run_tasks(complete_shard, [(job, *unit) for unit in units], on_wait=tell):
+    for number, (record, kept) in run_tasks(
+        complete_shard, [(job, *unit) for unit in units], names=[shard.name for shard, *_ in units], on_wait=tell
+    ):
         shard = units[number][0]
         records[record.name] = record
         written += not kept

@@ -165,7 +165,7 @@ def _measure(
             expected = tuple(zip(index.key[rows].tolist(), index.label[rows].tolist(), strict=True))
             units.append((place.set_url, shard, expected, place.frames))
     progress.bytes_before = progress.bytes
-    for number, measured in run_tasks(_measure_shard, units) if units else ():
+    for number, measured in run_tasks(_measure_shard, units, names=[unit[1].name for unit in units]) if units else ():
         shard = units[number][1]
         if measured.altered:
             altered[shard.name] = measured.table

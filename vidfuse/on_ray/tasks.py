@@ -1,6 +1,6 @@
 """Many units of work in Ray tasks, and how far they are.
 
-Comes in: a function and its units. Goes out: results as they come; an error of a file or of the network in words.
+Comes in: a function and its units. Goes out: results as they come; an error of a file or of the network, or a death, in words.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vidfuse.data.shards import DataError
 from vidfuse.on_ray.waiting import Asked, wait_for_room
 
 _CANCEL_SECONDS = 10.0
+_RETRIES = 3
+"""Of a unit whose process or machine dies."""
 
 
 @dataclass
@@ -57,6 +59,7 @@ def run_tasks(
     function: Callable[..., Any],
     units: Sequence[tuple[Any, ...]],
     *,
+    names: Sequence[str] = (),
     on_wait: Callable[[], None] | None = None,
     wait_seconds: float = 10.0,
 ) -> Iterator[tuple[int, Any]]:
@@ -65,6 +68,7 @@ def run_tasks(
     Args:
         function: What a task does.
         units: Its arguments, each time.
+        names: What the units are called in errors; without them, by their numbers.
         on_wait: Called when no task has ended for `wait_seconds`.
         wait_seconds: Between two such calls.
 
@@ -73,10 +77,10 @@ def run_tasks(
 
     Raises:
         ValueError: raised by the function, as it was raised there.
-        DataError: an error of a file or of the network, in words.
+        DataError: an error of a file or of the network, or workers that died, in words.
     """
     wait_for_room(Asked(1, 1.0, 0.0))
-    task = ray.remote(num_cpus=1, max_retries=3)(function)
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
     limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     pending: dict[Any, int] = {}
     rest = iter(enumerate(units))
@@ -88,7 +92,8 @@ def run_tasks(
                 return
             ended = ray.wait(list(pending), num_returns=1, timeout=wait_seconds)[0]
             for ref in ended:
-                yield pending.pop(ref), _result(ref)
+                number = pending.pop(ref)
+                yield number, _result(ref, names[number] if names else f"unit {number}")
             if not ended and on_wait:
                 on_wait()
     finally:
@@ -104,7 +109,7 @@ def _cancel(refs: list[Any]) -> None:
             ray.get(ref)
 
 
-def _result(ref: Any) -> Any:
+def _result(ref: Any, name: str) -> Any:
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -113,9 +118,15 @@ def _result(ref: Any) -> Any:
             raise cause from None
         if isinstance(cause, OSError):
             raise DataError(
-                f"a Ray task failed: {' '.join(str(cause).split())}; give the same command again to continue"
+                f"{name}: a Ray task failed: {' '.join(str(cause).split())}; give the same command again to continue"
             ) from None
         raise
+    except RayError as error:
+        raise DataError(
+            f"{name}: the process or the machine that worked on it died, after {_RETRIES} retries, too ({type(error).__name__}): no"
+            f" memory is left there, or a video crashes the decoder; give the same command again to continue, with more memory or"
+            f" fewer CPUs for Ray; what dies again should be looked for among the videos of {name}"
+        ) from None
 
 
 @ray.remote(num_cpus=0)
