@@ -197,6 +197,25 @@ def test_a_damaged_shard_hides_videos_that_are_named_and_is_not_remembered(plant
     assert report(str(tmp_path / "set"), str(tmp_path / "report")).altered == ()
 
 
+def test_a_damaged_set_is_told_and_ends_with_1(ray_cluster, tmp_path, monkeypatch, capsys):
+    """Also where all thresholds are kept; reports of two sets of one name have places of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "start_ray", lambda **_: None)
+    lax = [f"quality.{name}=null" for name in QualityConfig.model_fields if name.startswith("max_")]
+    for folder, count in (("a", 12), ("b", 14)):
+        pack(make_ssv2(tmp_path / f"source-{folder}", {"train": count, "validation": 2}), f"{folder}/packed")
+        assert job.main([f"{folder}/packed", "--set", *lax]) == 0
+    assert len(list((tmp_path / "runs/quality").glob("packed-*/quality.html"))) == 2
+    tar = tmp_path / "a/packed/train-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    (tmp_path / "a/packed/train-00001.tar").unlink()
+    capsys.readouterr()
+    assert job.main(["a/packed", "--out", "new", "--set", *lax]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "train-00000.tar: altered, its sha256 is not the manifest's; run python -m jobs.check" in lines
+    assert "train-00001.tar: missing; run python -m jobs.check" in lines
+
+
 @pytest.mark.s3
 def test_killed_in_the_middle_and_given_again(s3, ray_cluster, tmp_path):
     """SIGKILL while shards are measured; the same command keeps what is there and ends with an undisturbed run's figures."""

@@ -17,6 +17,7 @@ import base64
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from vidfuse.evaluate.quality_report import shown_videos
 from vidfuse.on_ray import checking, storage
 from vidfuse.on_ray.tasks import Progress, run_tasks
 
+_MISSING = "the shard is missing"
+_ALTERED = "altered, its sha256 is not the manifest's"
 TABLES = "shards"
 """Folder of the rows below the report's place."""
 
@@ -44,7 +47,7 @@ class Measured:
     table: bytes
     """Parquet."""
     altered: bool
-    """Whether the shard's bytes are not the manifest's; such a table is not stored."""
+    """Whether the shard's bytes are not the manifest's, or it is missing; such a table is not stored."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Place:
         return all(self.table_name(shard) in self.there for info in self.manifest.splits.values() for shard in info.shards)
 
 
-def prepare(url: str, out: str, frames: int) -> Place:
+def prepare(url: str, out: str | None, frames: int) -> Place:
     """Open a set and check that its report can be written; needs no Ray.
 
     Args:
         url: Of the set.
-        out: Folder or `s3://` URL of the report.
+        out: Folder or `s3://` URL of the report; `None`: `runs/quality/<name of the set>-<its version>`.
         frames: How many frames of a video to look at.
 
     Raises:
@@ -90,6 +93,7 @@ def prepare(url: str, out: str, frames: int) -> Place:
     except FileNotFoundError:
         raise DataError(f"{root}/{shards.QUARANTINE}: missing; run python -m jobs.check, pack the set again") from None
     quarantine = shards.parse_record(shards.Quarantine, content, shards.QUARANTINE)
+    out = out or storage.join("runs", "quality", f"{PurePosixPath(url).name or 'set'}-{manifest.version}")
     storage.check_storage(out, write=True)
     out_fs, out_root = storage.open_storage(out)
     there = storage.list_files(out_fs, storage.join(out_root, TABLES))
@@ -131,11 +135,12 @@ def lines(found: Survey) -> list[str]:
     for flag in found.flags:
         kinds[flag.kind] = kinds.get(flag.kind, 0) + 1
     flaws = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "no video is flagged"
+    missing = {flag.shard for flag in found.flags if flag.reason == _MISSING}
     repeated = sum(len(group.keys) - 1 for group in found.repeats)
     return [
         *(f"{split}: {facts.samples} videos, {facts.hours:.2f} hours" for split, facts in found.splits.items()),
         f"{flaws}; {len(found.leaks)} duplicates across splits, {repeated} inside them",
-        *(f"{name}: altered, its sha256 is not the manifest's; run python -m jobs.check" for name in found.altered),
+        *(f"{name}: {_ALTERED if name not in missing else 'missing'}; run python -m jobs.check" for name in found.altered),
         *(broken.line for broken in found.broken),
     ]
 
@@ -195,7 +200,7 @@ def _measure_shard(url: str, shard: ShardInfo, expected: tuple[tuple[str, int], 
     try:
         stream = fs.open_input_stream(storage.join(root, shard.name), buffer_size=checking.READ_BYTES)
     except FileNotFoundError:
-        return _completed(rows, shard.name, expected, "the shard is missing", altered=True)
+        return _completed(rows, shard.name, expected, _MISSING, altered=True)
     with contextlib.closing(stream):
         hashed = checking.Hashed(stream)
         for _, content, meta in checking.samples_of(hashed, shard.name, walked):
