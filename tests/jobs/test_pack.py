@@ -101,6 +101,9 @@ def source(tmp_path, monkeypatch) -> str:
     ("arguments", "words"),
     [
         (["{source}/nowhere", "set"], "there is no such folder"),
+        (["", "set"], "SOURCE is empty; give the folder"),
+        (["s3://bucket/videos", "set"], "SOURCE has to be a folder; mount the bucket .* or copy the videos"),
+        (["s3:/bucket/videos", "set"], "SOURCE has to be a folder"),
         (["{source}/Yoga", "set"], "no annotations; a folder is needed that holds"),
         (["{source}", "set", "--layout", "ssv2"], "no labels/labels.json"),
         (["{source}", "set", "--split-number", "7"], "--split-number 7: .*less than or equal to 3"),

@@ -95,6 +95,10 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
         ("", "the URL is empty"),
         ("s3://", "there is no bucket; give s3://bucket/prefix"),
         ("s3:///prefix", "there is no bucket"),
+        ("s3:/bucket/x", "s3:/bucket/x: s3:// is meant, or ./s3:"),
+        ("s3:bucket/x", "s3:// is meant"),
+        ("S3:/bucket/x", "S3:// is meant"),
+        ("file:/tmp/x", "file:// is meant"),
         ("gs://bucket/x", "gs:// is not known; give a folder or s3://bucket/prefix"),
     ],
 )

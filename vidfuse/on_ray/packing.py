@@ -37,6 +37,7 @@ BOARD_SECONDS = 5.0
 """How long the board of what is under way is waited for."""
 _NAMED = 10
 """Most files that a line names."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _SHARD_FILE = re.compile(r".+-\d{5}\.(tar|json)")
 
 
@@ -128,6 +129,22 @@ def prepare(
         if local:
             _check_room(root, plan, records)
     return packing
+
+
+def source_folder(source: str) -> str:
+    """Return a source if it can be a folder of this machine, before its files are looked for.
+
+    Raises:
+        DataError: it is empty, or a URL.
+    """
+    if not source.strip():
+        raise DataError("SOURCE is empty; give the folder of the data set (. is the current one)")
+    if _URL.match(source):
+        raise DataError(
+            f"{storage.shown(source)}: SOURCE has to be a folder; mount the bucket under one path on every machine of the cluster, or"
+            f" copy the videos, and give that folder"
+        )
+    return source
 
 
 def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = None) -> Packed:

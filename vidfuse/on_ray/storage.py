@@ -37,6 +37,8 @@ CHECK_SECONDS = 5.0
 _COPY_BYTES = 8 * 1024**2
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}")
 """Name of a local file while it is written."""
+_SLIP = re.compile(r"(s3|file):|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""How a URL begins that lacks a slash."""
 _FULL = ("QuotaExceeded", "InsufficientStorage", "Insufficient Storage", "XMinioStorageFull", "HTTP status 507")
 """What servers answer that have no room."""
 
@@ -237,23 +239,27 @@ def _parse(url: str) -> tuple[str | None, str]:
     if not url.strip():
         raise StorageError("the URL is empty; give a folder or s3://bucket/prefix")
     if "://" not in url:
+        if scheme := _SLIP.match(url):
+            raise StorageError(
+                f"{shown(url)}: {scheme[0]}// is meant, or ./{scheme[0]} for a folder of that name; correct the URL"
+            )
         return None, str(Path(url).expanduser().absolute())
     parts = urlsplit(url)
     if parts.scheme == "file":
         return None, parts.path
     if parts.scheme != "s3":
-        raise StorageError(f"{_shown(url)}: {parts.scheme}:// is not known; give a folder or s3://bucket/prefix")
+        raise StorageError(f"{shown(url)}: {parts.scheme}:// is not known; give a folder or s3://bucket/prefix")
     if "@" in parts.netloc or parts.query:
-        raise StorageError(f"{_shown(url)}: credentials and options do not belong into a URL; set AWS_* in the environment")
+        raise StorageError(f"{shown(url)}: credentials and options do not belong into a URL; set AWS_* in the environment")
     if not parts.netloc:
         raise StorageError(f"{url}: there is no bucket; give s3://bucket/prefix")
     names = [name for name in parts.path.split("/") if name]
     return parts.netloc, "/".join((parts.netloc, *names))
 
 
-def _shown(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+def shown(url: str) -> str:
+    """A URL without what may be a credential in it."""
+    return re.sub(r"[^/]*@|\?.*", "", url)
 
 
 # --- S3 ---
