@@ -339,6 +339,39 @@ def test_inspection_tells_how_a_file_is_made_and_keeps_wanted_frames():
     assert len(decode.inspect(video, [3, 40])[1]) == 1
 
 
+def _timed(milliseconds: list[int]) -> bytes:
+    """WebM whose container says 25 frames a second."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", rate=25, options={"deadline": "realtime", "cpu-used": "8"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in milliseconds:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), time % 255, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("times", "fps"),
+    [
+        ([0, 33, 66, 500, 533, 900, 933, 1500, 1533, 1566, 1600, 2400], 11 / 2.4),
+        ([20 * number for number in range(50)], 50),
+        ([40 * number for number in range(12)], 25),
+        ([0, *(40 * number for number in range(3, 14))], 25),  # as an AVI with B-frames begins
+    ],
+)
+def test_frames_a_second_are_the_average_where_the_container_is_wrong(times, fps):
+    video = _timed(times)
+    info = probe(video)
+    assert (info.frames, info.fps) == (len(times), pytest.approx(fps))
+    assert info.duration == pytest.approx(times[-1] / 1000 + 1 / fps)
+    made, found = into_form(video, TranscodeConfig(short_side=64))
+    assert (found.frames, found.fps) == (len(times), pytest.approx(info.frames / info.duration, rel=1e-3)) and made != video
+
+
 @pytest.mark.parametrize(("gap", "uneven"), [(0, False), (2, True)])
 def test_inspection_tells_sound_and_uneven_times(gap, uneven):
     found, _ = decode.inspect(with_sound_and_gaps(gap))

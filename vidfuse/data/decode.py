@@ -43,6 +43,10 @@ _CLOSED_BY_X264 = b"open_gop=0"
 """In x264's note of its settings. The comment alone does not tell: FFmpeg hands it on to what it makes of such a file."""
 _UNPROBED = {"codec_whitelist": "none"}
 """Have FFmpeg open a file without decoding a frame of it (it decodes one to guess the delay of the others, and to name the pixels)."""
+_GAPS = 2.5
+"""Intervals that the frames of a constant rate may lack or have too many: AVIs with B-frames begin with a gap."""
+_UNEVEN = 0.05
+"""Share of its intervals by which a rate may be off and is still the container's."""
 _CHUNK = 16
 """Frames that decord holds at a time."""
 _IN_MEMORY = hasattr(os, "memfd_create")
@@ -198,9 +202,14 @@ def _spread(times: Sequence[float]) -> float:
 
 
 def _timing(frames: int, fps: float, span: float) -> tuple[float, float]:
-    """Frames a second and seconds, from the container's rate and the time between first and last frame (0: unknown)."""
+    """Frames a second and seconds, from the container's rate and the time between first and last frame (0: unknown).
+
+    The container's rate is exact where it holds; a WebM of a variable rate names one that it has nowhere.
+    """
     if not (math.isfinite(fps) and fps > 0):
         fps = (frames - 1) / span if span > 0 else 25.0
+    elif frames > 1 and span > 0 and abs(span * fps - (frames - 1)) > max(_GAPS, _UNEVEN * (frames - 1)):
+        fps = (frames - 1) / span
     return fps, span + 1 / fps if span > 0 else frames / fps
 
 
