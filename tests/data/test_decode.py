@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import time
 from fractions import Fraction
 
 import av
@@ -154,6 +155,34 @@ def test_bytes_that_are_no_video(content):
         with pytest.raises(DecodeError) as error:
             call()
         assert str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile x.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{here}/x.ts\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+    ids=["list of files", "playlist", "description of a stream"],
+)
+def test_text_that_names_other_videos_is_no_video(decoder, text, tmp_path, monkeypatch):
+    """Each of them is opened by one of the decoders (the last one for 20 s) unless that is prevented."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.mp4").write_bytes(make_video(12))
+    with av.open(str(tmp_path / "x.mp4")) as source, av.open(str(tmp_path / "x.ts"), "w", format="mpegts") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    video = text.format(here=tmp_path).encode()
+    started = time.monotonic()
+    with pytest.raises(DecodeError):
+        probe(video, decoder=decoder)
+    with pytest.raises(DecodeError):
+        list(decode_frames(video, [0], decoder=decoder))
+    assert time.monotonic() - started < 10
 
 
 def test_audio_alone_is_no_video():

@@ -41,7 +41,9 @@ CLOSED_GOPS = "vidfuse: closed GOPs, a frame a packet"
 """Comment of an mp4 whose frames can be counted by its packets, and whose GOPs can be decoded by themselves."""
 _CLOSED_BY_X264 = b"open_gop=0"
 """In x264's note of its settings. The comment alone does not tell: FFmpeg hands it on to what it makes of such a file."""
-_UNPROBED = {"codec_whitelist": "none"}
+_ALONE = {"protocol_whitelist": "none"}
+"""Have FFmpeg open nothing but the bytes: playlists, lists of files and descriptions of streams name files and addresses."""
+_UNPROBED = {**_ALONE, "codec_whitelist": "none"}
 """Have FFmpeg open a file without decoding a frame of it (it decodes one to guess the delay of the others, and to name the pixels)."""
 _GAPS = 2.5
 """Intervals that the frames of a constant rate may lack or have too many: AVIs with B-frames begin with a gap."""
@@ -256,10 +258,10 @@ def _opened(video: bytes, *, probed: bool = True) -> Iterator[tuple[Any, Any]]:
     if (declared := _matroska_bytes(video)) > len(video):
         raise DecodeError(f"the video is cut off: {len(video)} of {declared} bytes are there")
     with contextlib.ExitStack() as opened:
-        options = {} if probed else _UNPROBED
+        options = _ALONE if probed else _UNPROBED
         container = opened.enter_context(av.open(io.BytesIO(video), mode="r", metadata_errors="ignore", options=options))
         if not probed and len(container.streams.video) > 1:  # the best of several is chosen by what was tried
-            container = opened.enter_context(av.open(io.BytesIO(video), mode="r", metadata_errors="ignore"))
+            container = opened.enter_context(av.open(io.BytesIO(video), mode="r", metadata_errors="ignore", options=_ALONE))
         stream: Any = container.streams.best("video")
         if stream is None:
             raise DecodeError("no video stream")
@@ -437,6 +439,8 @@ def _reader(video: bytes, most_frames: int, most_pixels: int) -> Iterator[Any]:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
+    with _opened(video, probed=False):  # refuses what names other files: decord would open them
+        pass
     # A file without a name: a crash leaves none behind.
     with os.fdopen(os.memfd_create("video"), "wb") if _IN_MEMORY else tempfile.TemporaryFile() as file:
         file.write(video)
