@@ -7,7 +7,9 @@ import io
 import json
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from tests.support import make_ssv2, make_video, run_job
 from vidfuse.data import shards, tars
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, SampleMeta, ShardRecord
-from vidfuse.on_ray import checking, packing
+from vidfuse.on_ray import checking, packing, tasks
 from vidfuse.on_ray.storage import StorageError
 
 pytestmark = pytest.mark.ray
@@ -42,6 +44,10 @@ def packed(whole, tmp_path) -> Path:
 
 def faults(packed: Path, depth: checking.Depth = "bytes") -> list[str]:
     return checking.check(str(packed), depth)
+
+
+def manifest_of(packed: Path) -> shards.Manifest:
+    return shards.read_manifest(pafs.LocalFileSystem(), str(packed))
 
 
 def members(packed: Path, shard: str = FIRST) -> Members:
@@ -277,6 +283,21 @@ def test_shards_and_quarantine_that_the_manifest_does_not_know(packed):
     assert "quarantine.json: 1 videos, the manifest says 0" in faults(packed)
 
 
+def test_progress_is_told_inside_a_shard(packed, monkeypatch):
+    noted: list[tuple[str, int, int]] = []
+    board = SimpleNamespace(note=SimpleNamespace(remote=lambda *note: noted.append(note)))
+    monkeypatch.setattr(tasks, "NOTE_SECONDS", 0.0)
+    shard = next(shard for shard in manifest_of(packed).splits["train"].shards if shard.name == FIRST)
+    checking._check_shard(str(packed), shard, None, checking.Rules(3, True, None), board)
+    sizes = [len(content) for name, content in members(packed) if not name.endswith("json")]
+    assert noted == [(FIRST, number, sum(sizes[:number])) for number in range(1, len(sizes) + 1)]
+    monkeypatch.setattr(checking, "run_tasks", partial(tasks.run_tasks, wait_seconds=0.001))
+    told: list[str] = []
+    assert checking.check(str(packed), on_progress=lambda progress: told.append(progress.line())) == []
+    assert len(told) > len(list(packed.glob("*.tar"))), "more often than a shard ends"
+    assert "24/24 videos (100 %)" in told[-1]
+
+
 # --- the command ---
 
 
@@ -284,7 +305,7 @@ def test_exit_codes(packed, monkeypatch, capsys):
     monkeypatch.setattr(cli, "start_ray", lambda **_: None)
     assert check.main([str(packed)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    version = shards.read_manifest(pafs.LocalFileSystem(), str(packed)).version
+    version = manifest_of(packed).version
     assert (lines[0], lines[-1]) == (f"something-something-v2, version {version}", "whole: 24 samples, 0 left out")
     assert "check  24/24 videos (100 %)" in lines[-2]
     assert check.main([str(packed), "--deep"]) == 0

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from vidfuse.data import decode, pictures, shards, tars
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 from vidfuse.data.survey import Survey
-from vidfuse.on_ray import packing, quality, storage
+from vidfuse.on_ray import packing, quality, storage, tasks
 from vidfuse.on_ray.storage import StorageError
 
 pytestmark = pytest.mark.ray
@@ -214,6 +216,21 @@ def test_a_damaged_set_is_told_and_ends_with_1(ray_cluster, tmp_path, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert "train-00000.tar: altered, its sha256 is not the manifest's; run python -m jobs.check" in lines
     assert "train-00001.tar: missing; run python -m jobs.check" in lines
+
+
+def test_progress_is_told_inside_a_shard(planted, tmp_path, monkeypatch):
+    noted: list[tuple[str, int, int]] = []
+    board = SimpleNamespace(note=SimpleNamespace(remote=lambda *note: noted.append(note)))
+    monkeypatch.setattr(tasks, "NOTE_SECONDS", 0.0)
+    place = quality.prepare(str(planted / "set"), str(tmp_path / "report"), 2)
+    shard = place.manifest.splits["train"].shards[0]
+    quality._measure_shard(place.set_url, shard, (), 2, board)
+    assert [note[:2] for note in noted] == [(shard.name, number) for number in range(1, shard.samples + 1)]
+    monkeypatch.setattr(quality, "run_tasks", partial(tasks.run_tasks, wait_seconds=0.001))
+    told: list[str] = []
+    quality.report(place, QualityConfig(), facts={}, on_progress=lambda progress: told.append(progress.line()))
+    assert len(told) > len(list((planted / "set").glob("*.tar"))), "more often than a shard ends"
+    assert "25/25 videos (100 %)" in told[-1]
 
 
 @pytest.mark.s3

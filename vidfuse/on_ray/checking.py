@@ -24,7 +24,7 @@ from vidfuse.data import decode, shards, tars, transcode
 from vidfuse.data.shards import DataError, IndexRow, Manifest, SampleMeta, ShardInfo, SplitIndex
 from vidfuse.data.tars import Member
 from vidfuse.on_ray import storage
-from vidfuse.on_ray.tasks import Progress, run_tasks
+from vidfuse.on_ray.tasks import Noting, Progress, Teller, run_tasks
 
 Depth = Literal["files", "bytes", "frames"]
 READ_BYTES = 8 * 1024**2
@@ -68,7 +68,7 @@ def check(url: str, depth: Depth = "bytes", *, on_progress: Callable[[Progress],
     Args:
         url: Of the set.
         depth: See above.
-        on_progress: Called after each shard.
+        on_progress: Called after each shard, and every ten seconds between.
 
     Returns:
         One line for each fault.
@@ -97,13 +97,14 @@ def check(url: str, depth: Depth = "bytes", *, on_progress: Callable[[Progress],
 
 def _run(units: list[tuple[Any, ...]], on_progress: Callable[[Progress], None] | None) -> list[str]:
     progress = Progress(sum(unit[1].bytes for unit in units), sum(unit[1].samples for unit in units))
+    tell = Teller(progress, on_progress)
     reports: dict[int, ShardReport] = {}
-    for number, report in run_tasks(_check_shard, units, names=[unit[1].name for unit in units]):
-        reports[number] = report
-        progress.bytes += units[number][1].bytes
-        progress.videos += units[number][1].samples
-        if on_progress:
-            on_progress(progress)
+    for number, report in run_tasks(
+        _check_shard, [(*unit, tell.board) for unit in units], names=[unit[1].name for unit in units], on_wait=tell
+    ):
+        reports[number], shard = report, units[number][1]
+        progress.add(shard.samples, shard.bytes)
+        tell(shard.name)
     places: dict[str, list[str]] = defaultdict(list)
     for number, unit in enumerate(units):
         for key in set(reports[number].keys):
@@ -158,7 +159,7 @@ def _rows(index: SplitIndex, number: int) -> tuple[IndexRow, ...]:
 # --- one shard ---
 
 
-def _check_shard(url: str, shard: ShardInfo, expected: tuple[IndexRow, ...] | None, rules: Rules) -> ShardReport:
+def _check_shard(url: str, shard: ShardInfo, expected: tuple[IndexRow, ...] | None, rules: Rules, board: Any) -> ShardReport:
     """Everything that is wrong with a shard; runs in a Ray task."""
     fs, root = storage.open_storage(url)
     report = ShardReport()
@@ -169,7 +170,7 @@ def _check_shard(url: str, shard: ShardInfo, expected: tuple[IndexRow, ...] | No
         return report
     with contextlib.closing(stream):
         hashed = Hashed(stream)
-        rows = _walk(hashed, shard.name, rules, report)
+        rows = _walk(hashed, shard.name, rules, report, Noting(board, shard.name))
         hashed.drain()
     if hashed.bytes < shard.bytes:
         report.faults.insert(0, f"{shard.name}: truncated, {hashed.bytes} of {shard.bytes} bytes are there")
@@ -200,7 +201,7 @@ class Hashed:
             pass
 
 
-def _walk(file: Any, name: str, rules: Rules, report: ShardReport) -> list[IndexRow]:
+def _walk(file: Any, name: str, rules: Rules, report: ShardReport, noting: Noting) -> list[IndexRow]:
     rows: list[IndexRow] = []
     for video, content, meta in samples_of(file, name, report):
         if meta.key in report.keys:
@@ -208,6 +209,7 @@ def _walk(file: Any, name: str, rules: Rules, report: ShardReport) -> list[Index
         report.keys.append(meta.key)
         rows.append(tars.index_row(video, meta))
         report.faults.extend(f"{name}/{meta.key}: {fault}" for fault in _sample_faults(content, meta, rules))
+        noting.add(len(content))
     return rows
 
 

@@ -10,7 +10,6 @@ if it comes out as the manifest names it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import shutil
@@ -19,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from pyarrow import fs as pafs
-from ray.exceptions import RayError
 
 from vidfuse.config import TranscodeConfig
 from vidfuse.data import shards
@@ -31,10 +28,8 @@ from vidfuse.data.shards import DataError, Manifest, Quarantine, ShardInfo, Shar
 from vidfuse.data.transcode import check_encoder
 from vidfuse.on_ray import storage
 from vidfuse.on_ray.shard_writing import ROOM, ShardJob, complete_shard
-from vidfuse.on_ray.tasks import Board, Progress, run_tasks
+from vidfuse.on_ray.tasks import Progress, Teller, run_tasks
 
-BOARD_SECONDS = 5.0
-"""How long the board of what is under way is waited for."""
 _NAMED = 10
 """Most files that a line names."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -162,34 +157,17 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
     plan, manifest = packing.plan, packing.manifest
     if manifest and packing.finished:
         return Packed(manifest, 0, len(plan.shards), already=True)
-    listed = _listed(manifest) if manifest else {}
     progress = Progress(sum(shard.bytes for shard in plan.shards), sum(len(shard.videos) for shard in plan.shards))
-    records: dict[str, ShardRecord] = {}
-    units: list[tuple[ShardPlan, ShardRecord | None, str | None]] = []
+    records = dict(packing.records) if manifest else {}
     for shard in plan.shards:
-        there = packing.records.get(shard.name)
-        if there and manifest:
-            records[shard.name] = there
-            _count(progress, shard, there, kept=True)
-        elif manifest:
-            units.append((shard, None, listed[shard.name].sha256 if shard.name in listed else ""))
-        else:
-            units.append((shard, there, None))
+        if shard.name in records:
+            _count(progress, shard, records[shard.name], kept=True)
+    units = _units(packing)
     fs, root = storage.open_storage(packing.place)
     names = _names(plan)
     storage.remove_partials(fs, root, names)
-    board: Any = Board.remote() if units else None  # type: ignore[attr-defined]
-    job = ShardJob(packing.place, str(packing.folder), plan.digest, plan.recipe.transcode, board)
-
-    def tell(ended: ShardPlan | None = None) -> None:
-        if ended is not None:
-            board.forget.remote(ended.name)
-        more = (0, 0)
-        with contextlib.suppress(RayError):  # its node may die: then there is less to tell
-            more = ray.get(board.total.remote(), timeout=BOARD_SECONDS)
-        if on_progress:
-            on_progress(progress.with_more(*more))
-
+    tell = Teller(progress, on_progress)
+    job = ShardJob(packing.place, str(packing.folder), plan.digest, plan.recipe.transcode, tell.board)
     written = 0
     for number, (record, kept) in run_tasks(
         complete_shard, [(job, *unit) for unit in units], names=[shard.name for shard, *_ in units], on_wait=tell
@@ -198,7 +176,7 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
         records[record.name] = record
         written += not kept
         _count(progress, shard, record, kept=kept)
-        tell(shard)
+        tell(shard.name)
     storage.remove_partials(fs, root, names)  # of tasks that were killed and tried again
     with storage.told_when_full(packing.place, ROOM):
         if manifest:
@@ -207,10 +185,17 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
         return Packed(_finish(fs, root, plan, records), written, len(plan.shards) - written)
 
 
+def _units(packing: Packing) -> list[tuple[ShardPlan, ShardRecord | None, str | None]]:
+    """What tasks are to complete: of a finished set the shards that are lost, with what they have to be; else all shards."""
+    manifest, plan = packing.manifest, packing.plan
+    if not manifest:
+        return [(shard, packing.records.get(shard.name), None) for shard in plan.shards]
+    due = {shard.name: shard.sha256 for shard in _listed(manifest).values()}
+    return [(shard, None, due.get(shard.name, "")) for shard in plan.shards if shard.name not in packing.records]
+
+
 def _count(progress: Progress, plan: ShardPlan, record: ShardRecord, *, kept: bool) -> None:
-    progress.bytes += plan.bytes
-    progress.bytes_before += plan.bytes if kept else 0
-    progress.videos += len(plan.videos)
+    progress.add(len(plan.videos), plan.bytes, before=kept)
     progress.quarantined += len(record.quarantined)
 
 

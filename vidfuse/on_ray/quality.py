@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -32,7 +32,7 @@ from vidfuse.data.survey import Survey, survey
 from vidfuse.evaluate.quality_report import quality_report as page_of
 from vidfuse.evaluate.quality_report import shown_videos
 from vidfuse.on_ray import checking, storage
-from vidfuse.on_ray.tasks import Progress, run_tasks
+from vidfuse.on_ray.tasks import Noting, Progress, Teller, run_tasks
 
 _MISSING = "the shard is missing"
 _ALTERED = "altered, its sha256 is not the manifest's"
@@ -114,7 +114,7 @@ def report(
         place: What `prepare` gave.
         config: What counts as a flaw, and thresholds.
         facts: What else the reader must know: command, git revision.
-        on_progress: Called after each shard.
+        on_progress: Called after each shard, and every ten seconds between.
 
     Raises:
         DataError: an index that is missing or is not the manifest's.
@@ -163,28 +163,35 @@ def _measure(
             if name in place.there:
                 content = storage.read_bytes(fs, storage.join(root, TABLES, name))
                 found[shard.name] = _named(quality.load_table(content), shard.name)
-                progress.bytes += shard.bytes
-                progress.videos += shard.samples
+                progress.add(shard.samples, shard.bytes, before=True)
                 continue
             rows = np.flatnonzero(index.shard == number)
             expected = tuple(zip(index.key[rows].tolist(), index.label[rows].tolist(), strict=True))
             units.append((place.set_url, shard, expected, place.frames))
-    progress.bytes_before = progress.bytes
-    for number, measured in run_tasks(_measure_shard, units, names=[unit[1].name for unit in units]) if units else ():
+    for number, measured in _measured(units, progress, on_progress) if units else ():
         shard = units[number][1]
         if measured.altered:
             altered[shard.name] = measured.table
         else:
             storage.write_bytes(fs, storage.join(root, TABLES, place.table_name(shard)), measured.table)
         found[shard.name] = quality.load_table(measured.table)
-        progress.bytes += shard.bytes
-        progress.videos += shard.samples
-        if on_progress:
-            on_progress(progress)
     splits = {
         split: pa.concat_tables([found[shard.name] for shard in info.shards]) for split, info in place.manifest.splits.items()
     }
     return splits, sorted(altered), altered
+
+
+def _measured(
+    units: Sequence[tuple[Any, ...]], progress: Progress, on_progress: Callable[[Progress], None] | None
+) -> Iterator[tuple[int, Measured]]:
+    """What `run_tasks` gives, and how far it is told."""
+    tell = Teller(progress, on_progress)
+    names = [unit[1].name for unit in units]
+    for number, measured in run_tasks(_measure_shard, [(*unit, tell.board) for unit in units], names=names, on_wait=tell):
+        yield number, measured
+        shard = units[number][1]
+        progress.add(shard.samples, shard.bytes)
+        tell(shard.name)
 
 
 def _named(table: pa.Table, shard: str) -> pa.Table:
@@ -192,10 +199,11 @@ def _named(table: pa.Table, shard: str) -> pa.Table:
     return table.set_column(0, "shard", pa.array([shard] * len(table), pa.string()))
 
 
-def _measure_shard(url: str, shard: ShardInfo, expected: tuple[tuple[str, int], ...], frames: int) -> Measured:
+def _measure_shard(url: str, shard: ShardInfo, expected: tuple[tuple[str, int], ...], frames: int, board: Any) -> Measured:
     """The rows of a shard, also of videos that its damage hides; runs in a Ray task."""
     fs, root = storage.open_storage(url)
     walked = checking.ShardReport()
+    noting = Noting(board, shard.name)
     rows: list[quality.Row] = []
     try:
         stream = fs.open_input_stream(storage.join(root, shard.name), buffer_size=checking.READ_BYTES)
@@ -205,6 +213,7 @@ def _measure_shard(url: str, shard: ShardInfo, expected: tuple[tuple[str, int], 
         hashed = checking.Hashed(stream)
         for _, content, meta in checking.samples_of(hashed, shard.name, walked):
             rows.append(quality.measure(shard.name, meta, content, frames))
+            noting.add(len(content))
         hashed.drain()
     why = walked.faults[0] if walked.faults else "it is in the index and not in the shard"
     return _completed(rows, shard.name, expected, why, altered=hashed.hash.hexdigest() != shard.sha256)

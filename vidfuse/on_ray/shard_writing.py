@@ -12,8 +12,7 @@ import hashlib
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,8 @@ from vidfuse.data.planning import PlannedVideo, ShardPlan
 from vidfuse.data.shards import DataError, Quarantined, SampleMeta, ShardRecord
 from vidfuse.on_ray import storage
 from vidfuse.on_ray.checking import READ_BYTES, Hashed
+from vidfuse.on_ray.tasks import Noting
 
-NOTE_SECONDS = 2.0
-"""Between two notes of how far a shard is."""
 SCRATCH = "vidfuse-packing-"
 """How names of scratch folders begin."""
 ROOM = " or raise the quota"
@@ -178,9 +176,8 @@ def _write_tar(tar: Path, samples: Iterator[tuple[SampleMeta, str, bytes]]) -> t
 
 def _samples(job: ShardJob, plan: ShardPlan, quarantined: list[Quarantined]) -> Iterator[tuple[SampleMeta, str, bytes]]:
     """Samples of a shard; a video that cannot be read or does not decode whole is put into `quarantined` instead."""
-    note = _noting(job, plan)
-    done = 0
-    for number, planned in enumerate(plan.videos, start=1):
+    noting = Noting(job.board, plan.name)
+    for planned in plan.videos:
         video = planned.video
         try:
             source = _read_video(Path(job.folder), planned)
@@ -190,21 +187,7 @@ def _samples(job: ShardJob, plan: ShardPlan, quarantined: list[Quarantined]) -> 
         else:
             suffix = Path(video.path).suffix.lower().lstrip(".") if content is source else transcode.SUFFIX
             yield _describe(video, info, content, source), suffix, content
-        done += planned.bytes
-        note(number, done)
-
-
-def _noting(job: ShardJob, plan: ShardPlan) -> Callable[[int, int], None]:
-    """What tells the board now and then how far the shard is."""
-    last = time.monotonic()
-
-    def note(videos: int, size: int) -> None:
-        nonlocal last
-        if job.board is not None and time.monotonic() - last >= NOTE_SECONDS:
-            last = time.monotonic()
-            job.board.note.remote(plan.name, videos, size)
-
-    return note
+        noting.add(planned.bytes)
 
 
 def _read_video(folder: Path, planned: PlannedVideo) -> bytes:

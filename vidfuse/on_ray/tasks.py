@@ -17,6 +17,10 @@ from ray.exceptions import RayError, RayTaskError
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray.waiting import Asked, wait_for_room
 
+NOTE_SECONDS = 2.0
+"""Between two notes of how far a unit is."""
+_BOARD_SECONDS = 5.0
+"""How long the board of what is under way is waited for."""
 _CANCEL_SECONDS = 10.0
 _RETRIES = 3
 """Of a unit whose process or machine dies."""
@@ -43,6 +47,12 @@ class Progress:
         left_out = f", {self.quarantined} left out" if self.quarantined else ""
         eta = _duration((self.bytes_total - self.bytes) / rate) if rate else "unknown"
         return f"{self.videos}/{self.videos_total} videos ({share:.0f} %), {rate / 1e6:.1f} MB/s{left_out}, eta {eta}"
+
+    def add(self, videos: int, size: int, *, before: bool = False) -> None:
+        """Count videos and bytes; `before`: done by an earlier run."""
+        self.videos += videos
+        self.bytes += size
+        self.bytes_before += size if before else 0
 
     def with_more(self, videos: int, size: int) -> Progress:
         """With what is done of units that are under way."""
@@ -127,6 +137,41 @@ def _result(ref: Any, name: str) -> Any:
             f" memory is left there, or a video crashes the decoder; give the same command again to continue, with more memory or"
             f" fewer CPUs for Ray; what dies again should be looked for among the videos of {name}"
         ) from None
+
+
+class Teller:
+    """Tells how far a job is: what has ended, and what is done of the units that are under way."""
+
+    def __init__(self, progress: Progress, on_progress: Callable[[Progress], None] | None) -> None:
+        self.board: Any = Board.remote()  # type: ignore[attr-defined]
+        """For the tasks."""
+        self._progress, self._on_progress = progress, on_progress
+
+    def __call__(self, ended: str | None = None) -> None:
+        """Tell it; `ended`: name of a unit that is counted now."""
+        if ended is not None:
+            self.board.forget.remote(ended)
+        more = (0, 0)
+        with contextlib.suppress(RayError):  # its node may die: then there is less to tell
+            more = ray.get(self.board.total.remote(), timeout=_BOARD_SECONDS)
+        if self._on_progress:
+            self._on_progress(self._progress.with_more(*more))
+
+
+class Noting:
+    """Tells a board now and then, from a task, how far a unit is."""
+
+    def __init__(self, board: Any, name: str) -> None:
+        self._board, self._name, self._last = board, name, time.monotonic()
+        self._videos = self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """A video of so many bytes is done."""
+        self._videos += 1
+        self._bytes += size
+        if self._board is not None and time.monotonic() - self._last >= NOTE_SECONDS:
+            self._last = time.monotonic()
+            self._board.note.remote(self._name, self._videos, self._bytes)
 
 
 @ray.remote(num_cpus=0)
