@@ -26,7 +26,7 @@ from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray import packing, storage
 from vidfuse.on_ray.checking import check
-from vidfuse.on_ray.shard_writing import ShardJob, write_shard
+from vidfuse.on_ray.shard_writing import ShardJob, complete_shard, write_shard
 from vidfuse.on_ray.storage import StorageError
 from vidfuse.on_ray.tasks import Board, Progress, run_tasks
 
@@ -183,6 +183,19 @@ def test_a_finished_set_that_lost_files_is_repaired_to_the_same_bytes(ray_cluste
     assert check(url)[0].endswith("remove it and pack the set again")
     (place / "train-00002.tar").unlink()
     assert again().repaired == ("train-00002.tar",)
+    assert contents(url) == whole
+
+
+@pytest.mark.s3
+@pytest.mark.ray
+def test_a_finished_set_in_a_bucket_is_repaired(s3, ray_cluster, folder):
+    url = s3.url("lost")
+    pack(folder, url)
+    whole = contents(url)
+    fs, root = storage.open_storage(url)
+    for name in ("train-00000.tar", "validation.index.parquet"):
+        storage.delete(fs, storage.join(root, name))
+    assert pack(folder, url).repaired == ("train-00000.tar", "validation.index.parquet")
     assert contents(url) == whole
 
 
@@ -485,7 +498,7 @@ def test_what_a_kill_leaves_is_removed_by_the_next_run(folder, tmp_path, monkeyp
     killed.communicate()
     assert kept.is_dir() and left.is_dir()
     ready = prepare(folder, str(tmp_path / "set"))
-    write_shard(job_of(ready), ready.plan.shards[0])
+    complete_shard(job_of(ready), ready.plan.shards[0], None, None)
     assert list((tmp_path / "tmp").iterdir()) == [kept]
     alive.communicate("")
     assert list((tmp_path / "tmp").iterdir()) == []

@@ -76,6 +76,7 @@ def complete_shard(job: ShardJob, plan: ShardPlan, there: ShardRecord | None, sh
     Raises:
         DataError, StorageError, OSError: as `write_shard`.
     """
+    _remove_scratch()
     if there and _is_whole(job, there):
         return there, True
     return write_shard(job, plan, sha256), False
@@ -140,16 +141,20 @@ def write_shard(job: ShardJob, plan: ShardPlan, sha256: str | None = None) -> Sh
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder on this machine's disk; those of processes that were killed are removed: nobody holds their locks."""
-    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        with contextlib.suppress(OSError), storage.locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+    """A folder on this machine's disk, locked while it is used."""
     with contextlib.ExitStack() as held:
         folder = _locked_folder(held)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_scratch() -> None:
+    """Remove the folders of processes that were killed: nobody holds their locks."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError), storage.locked(left):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _locked_folder(held: contextlib.ExitStack) -> Path:
