@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vidfuse.data.batch import Batch, Features
+from vidfuse.train import ahead as ahead_module
 from vidfuse.train.ahead import Ahead, ahead
 
 
@@ -88,6 +89,56 @@ def test_weights_stay_on_the_host_too():
     assert moved.clips.is_meta and moved.features["motion"].values.is_meta and moved.weights.is_meta
     assert not moved.samples.is_meta and moved.host_weights is batch.weights is batch.host_weights
     assert moved.to(torch.device("meta")).host_weights is batch.weights
+
+
+class FakeGpu:
+    """A CPU in the place of a GPU: what is asked of its streams, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[str, object]] = []
+        self.streams: list[FakeGpu] = []
+        ahead_module.copy_stream.cache_clear()
+        monkeypatch.setattr(torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: self.asked.append(("kept", tensor.data_ptr()))
+        )
+        monkeypatch.setattr(Batch, "to", lambda batch, device: batch)
+
+    def stream(self, device: int) -> FakeGpu:
+        self.streams.append(self)
+        return self
+
+    def record_event(self) -> int:
+        return len(self.asked)
+
+    def wait_event(self, event: int) -> None:
+        self.asked.append(("waited", event))
+
+
+def test_a_step_waits_for_its_copy_and_its_memory_is_kept_for_its_user(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    sent = [(batch_of(0), batch_of(1)), (batch_of(2), batch_of(3))]
+    for step, there in zip(sent, ahead(iter(sent), torch.device("cuda", 0)), strict=True):
+        assert [name for name, _ in gpu.asked] == ["waited", *["kept"] * 8]
+        tensors = [t for b in there for t in (b.clips, b.labels, b.weights, b.features["motion"].values)]
+        assert [pointer for name, pointer in gpu.asked if name == "kept"] == [t.data_ptr() for t in tensors]
+        assert all(torch.equal(one.clips, other.clips) for one, other in zip(step, there, strict=True))
+        gpu.asked.clear()
+    ahead_module.copy_stream.cache_clear()
+
+
+def test_a_device_has_one_stream_of_copies_for_all_epochs(monkeypatch):
+    """Memory that is freed goes to the stream that allocated it: with streams of their own, epochs would hold that of all before."""
+    gpu = FakeGpu(monkeypatch)
+    for device in (torch.device("cuda", 0), torch.device("cuda"), torch.device("cuda", 0), torch.device("cuda", 1)):
+        assert len(list(ahead(iter([(batch_of(0),)]), device))) == 1
+    assert len(gpu.streams) == 2
+    ahead_module.copy_stream.cache_clear()
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ is copied and there is no thread; Ray Data reads ahead as it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
     if device.type != "cuda":
         yield from steps
         return
-    copies = torch.cuda.Stream(device)
+    copies = copy_stream(torch.cuda.current_device() if device.index is None else device.index)
 
     def copy(step: Step) -> tuple[Step, torch.cuda.Event]:
         with torch.cuda.device(device), torch.cuda.stream(copies):
@@ -43,6 +44,12 @@ def ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
             for batch in step:
                 batch.record_stream(used)
             yield step
+
+
+@functools.cache
+def copy_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which everything is copied to a device: memory that is freed is used anew on the stream of its allocation alone."""
+    return torch.cuda.Stream(device)
 
 
 class Ahead(Generic[T, U]):
