@@ -91,6 +91,14 @@ def test_weights_stay_on_the_host_too():
     assert moved.to(torch.device("meta")).host_weights is batch.weights
 
 
+def test_weights_are_on_the_host_after_pinning_too(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    batch = batch_of(3)
+    moved = batch.pinned().to(torch.device("meta"))
+    assert moved.weights.is_meta and moved.features["motion"].values.is_meta
+    assert torch.equal(moved.host_weights, batch.weights) and torch.equal(moved.samples, batch.samples)
+
+
 class FakeGpu:
     """A CPU in the place of a GPU: what is asked of its streams, in order."""
 
@@ -141,17 +149,101 @@ def test_a_device_has_one_stream_of_copies_for_all_epochs(monkeypatch):
     ahead_module.copy_stream.cache_clear()
 
 
+# --- On a GPU. None of these has been run yet: there was none. ---
+
+STEPS, LARGE = 8, (32, 16, 3, 288, 288)
+"""127 MB of clips a step."""
+LONG = 300_000_000
+"""Clock cycles, of which a GPU has some 1.5 to 2 thousand million a second."""
+
+
+def large(value: int) -> Batch:
+    """Of one value, so that it is compared where it is, without waiting for it."""
+    some = torch.arange(LARGE[0])
+    return Batch(torch.full(LARGE, value, dtype=torch.uint8), some + value, torch.full((LARGE[0],), float(value)), some)
+
+
+def right(batch: Batch, value: int) -> torch.Tensor:
+    """Whether it is `large(value)`; on the device, where it is looked at when its stream comes to it."""
+    return (batch.clips == value).all() & (batch.weights == value).all() & (batch.labels[0] == value)
+
+
+def this_gpu() -> tuple[torch.device, torch.cuda.Stream]:
+    index = torch.cuda.current_device()
+    return torch.device("cuda", index), ahead_module.copy_stream(index)
+
+
 @pytest.mark.gpu
 def test_what_arrives_on_a_gpu_is_what_was_sent():
-    device = torch.device("cuda", torch.cuda.current_device())
+    device, _ = this_gpu()
     sent = [tuple(batch_of(10 * step + number) for number in range(3)) for step in range(20)]
-    busy = torch.rand(2048, 2048, device=device)
     for step, there in zip(sent, ahead(iter(sent), device), strict=True):
-        for _ in range(5):
-            busy = busy @ busy.softmax(-1)  # so that the copies come while the device works
         for one, other in zip(step, there, strict=True):
-            assert other.clips.device == device and other.host_weights is one.weights
+            assert other.clips.device == device and not other.host_weights.is_cuda
+            assert torch.equal(other.host_weights, one.weights)
             for name in ("clips", "labels", "weights"):
                 assert torch.equal(getattr(other, name).cpu(), getattr(one, name))
             assert torch.equal(other.features["motion"].values.cpu(), one.features["motion"].values)
     assert not running()
+
+
+@pytest.mark.gpu
+def test_a_gpu_uses_a_step_when_it_has_come():
+    """Copies begin late: who does not wait for them sees what was in that memory before."""
+    device, copies = this_gpu()
+
+    def late():
+        for value in range(1, STEPS + 1):
+            with torch.cuda.stream(copies):
+                torch.cuda._sleep(LONG)
+            yield (large(value),)
+
+    found = [right(batch, value) for value, (batch,) in enumerate(ahead(late(), device), 1)]
+    assert torch.stack(found).all()
+
+
+@pytest.mark.gpu
+def test_memory_of_a_step_is_not_used_anew_before_the_step_is_done():
+    """The device looks at steps long after they were dropped, while the copies' stream writes to all memory that it gets."""
+    device, copies = this_gpu()
+
+    def overwriting():
+        for value in range(1, STEPS + 1):
+            time.sleep(0.05)  # the step before the one in use is dropped by now
+            with torch.cuda.stream(copies):
+                torch.empty(LARGE, dtype=torch.uint8, device=device).zero_()
+            yield (large(value),)
+
+    found = []
+    for value, (batch,) in enumerate(ahead(overwriting(), device), 1):
+        torch.cuda._sleep(LONG)
+        found.append(right(batch, value))
+        del batch
+    assert torch.stack(found).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_while_the_next_step_comes():
+    device, _ = this_gpu()
+    sent = [(large(value),) for value in range(1, STEPS + 1)]
+    matrix = torch.rand(4096, 4096, device=device)
+
+    def milliseconds(steps, products: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in steps:
+            for _ in range(products):
+                torch.mm(matrix, matrix)
+            torch.cuda.synchronize()  # as a step does that looks at its loss
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    milliseconds(ahead(iter(sent), device), 1)  # memory is allocated, kernels are loaded
+    copied = milliseconds((batch.pinned().to(device) for (batch,) in sent), 0)
+    products = max(round(100 * copied / milliseconds(range(STEPS), 100)), 1)
+    computed = milliseconds(range(STEPS), products)
+    together = milliseconds(ahead(iter(sent), device), products)
+    assert together < 0.8 * (copied + computed), (
+        f"copied {copied:.0f} ms, computed {computed:.0f} ms, together {together:.0f} ms"
+    )
