@@ -41,7 +41,7 @@ def test_one_item_is_made_while_another_is_used():
         while len(asked) <= number and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.02)
-        assert asked == list(range(number + 1)), "the next one, and no further"
+        assert asked == list(range(number + 1)), "the next one, and no further: STEPS_HELD with the one in use"
         assert next(made) == number * 10
     assert list(made) == [] and list(made) == []
     assert not running()

@@ -81,6 +81,13 @@ def test_zero_shards_what_it_says():
     assert len(batch_lines(config_of(), range(1, 4))) == 3 and "refused" in batch_lines(config_of(), range(3, 4))[0]
 
 
+def test_the_clips_of_two_steps_are_on_a_gpu():
+    """One is used while the next is copied, with the micro batches of each."""
+    model = on_meta(config_of())
+    for workers in (1, 2):
+        assert memory(config_of(), model, workers).clips == 2 * (8 // workers) * 8 * 64 * 64 * 3
+
+
 def operations(**changes) -> tuple[int, int]:
     """Of a clip's forward, multiplications and additions, and of its training."""
     config = config_of(**changes)

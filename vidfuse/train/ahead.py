@@ -22,6 +22,9 @@ Step = tuple[Batch, ...]
 T = TypeVar("T")
 U = TypeVar("U")
 
+STEPS_HELD = 2
+"""Steps that a GPU holds at a time: one is used, one is on its way."""
+
 
 def ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
     """The steps on a device, in the same order, the next one being copied while one is used.

@@ -20,6 +20,7 @@ from vidfuse.config import Config, Stream
 from vidfuse.data.sampling import World, steps_of
 from vidfuse.models import weights
 from vidfuse.models.recognizer import Recognizer, checkpoint_activations, parameter_table
+from vidfuse.train.ahead import STEPS_HELD
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -33,6 +34,7 @@ class Memory:
     optimizer: int
     activations: int
     clips: int
+    """Of all steps that are there at a time."""
 
     @property
     def total(self) -> int:
@@ -119,7 +121,7 @@ def steps_line(config: Config, samples: int) -> str:
 
 
 def memory(config: Config, model: Recognizer, workers: int) -> Memory:
-    """Estimate one worker's memory: states as ZeRO shards them, activations by what a forward and backward would hold.
+    """Estimate the memory of one worker's GPU: states as ZeRO shards them, activations by what a forward and backward would hold.
 
     Args:
         config: precision, ZeRO stage, micro batch, activation checkpointing.
@@ -133,13 +135,13 @@ def memory(config: Config, model: Recognizer, workers: int) -> Memory:
     master = 0 if train.precision == "fp32" and train.zero_stage == 0 else 4
     average = 0 if train.ema_decay is None else 4
     data = config.data
-    clips = train.global_batch // workers * data.repeats * data.frames * data.size**2 * 3
+    step = train.global_batch // workers * data.repeats * data.frames * data.size**2 * 3
     return Memory(
         parameters=int(total * width * sharded[3]),
         gradients=int(trained * (width + 4) * sharded[2]),
         optimizer=int(trained * (8 + master + average) * sharded[1]),
         activations=activation_bytes(config, model),
-        clips=clips,
+        clips=STEPS_HELD * step,
     )
 
 
