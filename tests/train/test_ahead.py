@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from vidfuse.config import from_mapping
 from vidfuse.data.batch import Batch, Features
+from vidfuse.data.feed import Feed
+from vidfuse.data.sampling import World
 from vidfuse.train import ahead as ahead_module
 from vidfuse.train.ahead import Ahead, ahead
+from vidfuse.train.clock import Clock
 
 
 def batch_of(seed: int) -> Batch:
@@ -75,6 +82,40 @@ def test_what_is_not_read_to_its_end_is_let_go():
     assert not running()
     source.close()  # no thread is inside of it
     assert closed.is_set() and list(made) == []
+
+
+def test_a_fault_is_told_though_the_stream_gives_nothing(monkeypatch):
+    """The thread that waits for the stream is left behind; when the stream gives something, it alone is in there, and ends it."""
+    monkeypatch.setattr(ahead_module, "PARTING_SECONDS", 0.2)
+    gpu, ended_by = FakeGpu(monkeypatch), queue.SimpleQueue[str]()
+    waits, gives = threading.Event(), threading.Event()
+    monkeypatch.setattr(Batch, "pinned", lambda batch: pinned.append(batch) or batch)
+    pinned: list[Batch] = []
+
+    def stream(epoch, left):
+        try:
+            for number in range(8):
+                if number == 2:
+                    waits.set()
+                    assert gives.wait(60)
+                yield batch_of(number)
+        finally:
+            ended_by.put(threading.current_thread().name)
+
+    config = from_mapping({"train": {"global_batch": 2, "micro_batch": 1}})
+    feed = Feed(config, SimpleNamespace(indices={"train": range(8)}), World(1, 0, 2, 1), None)
+    monkeypatch.setattr(feed, "_open", stream)
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), contextlib.closing(feed):
+        for step in Clock().timed(ahead(feed.train(0, np.arange(8)), torch.device("cuda", 0))):
+            assert waits.wait(10)
+            raise ZeroDivisionError(f"in a step of {len(step)} micro batches")
+    assert time.monotonic() - began < 5 and running() and ended_by.empty()
+    assert gpu.streams and len(pinned) == 2
+    gives.set()
+    assert ended_by.get(timeout=10) == "vidfuse-ahead" and len(pinned) == 2
+    while running():
+        time.sleep(0.01)
 
 
 def test_on_a_cpu_there_is_no_thread_and_no_copy():

@@ -9,6 +9,7 @@ the epoch's order (`sampling`), less what was used before a restart.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import deque
@@ -95,9 +96,9 @@ class Feed:
         """
         if self._stream is None or self._next_epoch != epoch or len(left) != self.train_samples:
             self._stream = self._open(epoch, left)
-        self._next_epoch = epoch + 1
+        stream, self._next_epoch = self._stream, epoch + 1
         for _ in range(steps_of(len(left), self.world.global_batch)):
-            yield tuple(next(self._stream) for _ in range(self.world.accumulation))
+            yield tuple(next(stream) for _ in range(self.world.accumulation))
 
     def score(self, split: str, *, clips: int, crops: int, micro_batch: int, flip: bool = False) -> Iterator[Batch]:
         """Every sample of a split once, as its views, shared out over the ranks; the same number of batches on each.
@@ -115,10 +116,11 @@ class Feed:
         return (_batch(columns, reader) for columns in relay(self._pull, reader, iter(parts), micro_batch))
 
     def close(self) -> None:
-        """Let go of a stream that is not read to its end."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        """Let go of a stream that is not read to its end; one that another thread waits for ends when that lets go of it, too."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with contextlib.suppress(ValueError):  # a thread is in it (`train.ahead`)
+                stream.close()
 
     def _open(self, epoch: int, left: Samples) -> Generator[Batch, None, None]:
         reader = self._reader(self.config.data.train_split)

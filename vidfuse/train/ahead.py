@@ -22,6 +22,8 @@ Step = tuple[Batch, ...]
 T = TypeVar("T")
 U = TypeVar("U")
 
+PARTING_SECONDS = 5.0
+"""How long a thread that waits for the stream is waited for when nobody wants its next step any more."""
 STEPS_HELD = 2
 """Steps that a GPU holds at a time: one is used, one is on its way."""
 
@@ -77,16 +79,22 @@ class Ahead(Generic[T, U]):
         return made
 
     def close(self) -> None:
-        """End the thread; if it waits for the stream, when that has given what it is asked for."""
+        """End the thread.
+
+        If it waits for the stream, it is waited for no longer than `PARTING_SECONDS`: what closes this may be a fault that is to be told.
+        It ends when the stream has given what it was asked for, and lets go of the stream then; nothing is made of that any more.
+        """
         self._closed = True
         self._room.release()
-        self._thread.join()
+        self._thread.join(PARTING_SECONDS)
 
     def _work(self, items: Iterator[T], make: Callable[[T], U]) -> None:
         last: BaseException | None = None
         try:
             while self._room.acquire() and not self._closed:
-                self._made.put(make(next(items)))
+                item = next(items)
+                if not self._closed:
+                    self._made.put(make(item))
         except StopIteration:
             pass
         except BaseException as error:
