@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -12,19 +13,23 @@ from safetensors.torch import load_file
 
 from tests.data.test_repeats import reader_of
 from vidfuse.config import ConfigError, from_mapping
+from vidfuse.data import features as features_module
 from vidfuse.data.clips import Part
 from vidfuse.data.features import (
     BITS,
+    CHECKS,
     MANIFEST,
     NAN,
     PART_VIDEOS,
     FeatureManifest,
     PartRecord,
     Recipe,
+    encode_checks,
     encode_part,
     open_features,
     part_name,
     parts_of_draw,
+    row_checks,
 )
 from vidfuse.data.shards import DataError, dump_record
 
@@ -52,7 +57,8 @@ def cache(tmp_path, request):
             content, header = encode_part(bits, request.param)
             name = part_name(len(records))
             (tmp_path / f"{name}.safetensors").write_bytes(content)
-            records.append(PartRecord(name=f"{name}.safetensors", bytes=len(content), sha256="", unreadable=unreadable))
+            checks = tuple(row_checks(bits.data, len(bits)))
+            records.append(PartRecord(name=f"{name}.safetensors", bytes=len(content), checks=checks, unreadable=unreadable))
             (tmp_path / f"{name}.json").write_bytes(dump_record(records[-1]))
     manifest = FeatureManifest(
         recipe=RECIPE,
@@ -64,8 +70,10 @@ def cache(tmp_path, request):
         precision=request.param,
         positions=((0.5, 0.5, 0.5),) * TOKENS,
         header_bytes=header,
+        checks=zlib.crc32(encode_checks(records)),
         parts=tuple(records),
     )
+    (tmp_path / CHECKS).write_bytes(encode_checks(records))
     (tmp_path / MANIFEST).write_bytes(dump_record(manifest))
     return tmp_path, request.param
 
@@ -108,10 +116,43 @@ def test_a_part_that_was_cut_off_is_told(cache):
         features.read(0, 2 * PART_VIDEOS - 1)
 
 
+def test_a_row_that_is_not_what_was_written_is_told_with_its_part(cache):
+    root, _ = cache
+    features, manifest = open_features(pafs.LocalFileSystem(), str(root))
+    path = root / f"{part_name(2)}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[manifest.header_bytes + 4 * features.row_bytes + 1] ^= 1  # a bit of row 4 in the second draw's first part
+    path.write_bytes(content)
+    for sample in (3, 5):
+        assert features.read(1, sample)[1] == ""
+    with pytest.raises(DataError, match=rf"{part_name(2)}\.safetensors: row 4 is not what was written; remove {path} and run"):
+        features.read(1, 4)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-1] + bytes([content[-1] ^ 1])])
+def test_checks_that_are_not_what_was_written_are_told(cache, damage):
+    root, _ = cache
+    path = root / CHECKS
+    path.write_bytes(damage(path.read_bytes()))
+    features, _ = open_features(pafs.LocalFileSystem(), str(root))
+    with pytest.raises(DataError, match=rf"^{path} is not what was written; remove {path} and run"):
+        features.read(0, 0)
+
+
+def test_checks_are_read_once_by_a_process(cache, monkeypatch):
+    features, _ = open_features(pafs.LocalFileSystem(), str(cache[0]))
+    asked: list[str] = []
+    plain = features_module.read_range
+    monkeypatch.setattr(features_module, "read_range", lambda state, path, *of: asked.append(path) or plain(state, path, *of))
+    for sample in range(SAMPLES):
+        features.read(0, sample)
+    assert len(asked) == SAMPLES + 1 and len([path for path in asked if path.endswith(CHECKS)]) == 1
+
+
 def test_another_format_is_told(cache):
     path = cache[0] / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 2"):
+    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 3"):
         open_features(pafs.LocalFileSystem(), str(cache[0]))
 
 

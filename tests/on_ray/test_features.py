@@ -165,6 +165,24 @@ def test_only_missing_parts_are_made_again(config, places):
     assert read_bytes(filesystem, join(root, names[1])) == content
 
 
+def test_a_damaged_part_is_refused_and_made_again_alone(config, places):
+    filesystem, root = open_storage(places["train"]["semantic"])
+    names = [name for name in list_files(filesystem, root) if name.endswith(".safetensors")]
+    damaged = join(root, names[0])
+    content = read_bytes(filesystem, damaged)
+    write_bytes(filesystem, damaged, content[:1024] + b"\x11" * (len(content) - 1024))
+    settings = cached(config)
+    feed = Feed(settings, replace(fit.open_set(settings), features=features.opened(places)), World(1, 0, 8, 4), read_here)
+    with pytest.raises(DataError, match=rf"{names[0]}: row \d+ is not what was written; remove .*{names[0]} and run"):
+        list(feed.train(0, feed.order(0)))
+    feed.close()
+    filesystem.delete_file(damaged)
+    before = {info.base_name: info.mtime_ns for info in filesystem.get_file_info([join(root, name) for name in names[1:]])}
+    assert fit.features_of(settings, lambda _: None) == places
+    after = {info.base_name: info.mtime_ns for info in filesystem.get_file_info([join(root, name) for name in names[1:]])}
+    assert before == after and read_bytes(filesystem, damaged) == content
+
+
 def test_other_weights_are_refused_by_name_and_may_be_made_beside(config, tmp_path):
     weights = tmp_path / "weights.safetensors"
     settings = cached(config, f"model.semantic.weights={weights}", f"features.url={tmp_path / 'cache'}", "data.views=1")

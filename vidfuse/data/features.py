@@ -4,12 +4,13 @@ A cache is a folder, of one stream, one split and one set of clips of its videos
 
     part-<number>.safetensors   `tokens` [rows, N, D], bfloat16 or float32; all parts are of one size
     part-<number>.json          the part's own record, written after it: it is complete (`PartRecord`)
+    checks.bin                  CRC-32 of each row of all parts, in order, little-endian
     features.json               what it was made of, and its parts; written last (`FeatureManifest`)
 
 Rows come draw by draw (in training the `data.views` clips of a video are as many draws, in testing there is one), in a draw video by video
 in the order of the split's index, of a video view by view. A part has the rows of `PART_VIDEOS` videos of one draw; the last one of a draw is
-filled up. Since all rows are of one size, a row is a byte range. Rows of a video that could not be read are NaN throughout, and
-the part's record has the reason.
+filled up. Since all rows are of one size, a row is a byte range; each is checked when it is read, and a process reads the checks once. Rows
+of a video that could not be read are NaN throughout, and the part's record has the reason.
 
 Comes in: a pyarrow file system and the cache's folder on it. Goes out: rows as bit patterns (numpy has no bfloat16). Nothing is
 unpickled.
@@ -20,7 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -31,11 +33,13 @@ import numpy.typing as npt
 from vidfuse.data.ranges import EndError, filesystem_of, read_range
 from vidfuse.data.shards import DataError, Frozen, parse_record
 
-FORMAT = 2
+FORMAT = 3
 """Of a cache; raised, too, when a version of vidfuse makes other clips or tokens of the same videos."""
-MANIFEST = "features.json"
+MANIFEST, CHECKS = "features.json", "checks.bin"
 PART_VIDEOS = 16
 """Videos of a part: their clips are one block, of 38 MB at 16 x 224 x 224."""
+
+_ANEW = "remove {} and run `python -m jobs.features` with this config again: it makes what is not there"
 
 Precision = Literal["bf16", "fp32"]
 BITS: Mapping[Precision, type[np.unsignedinteger[Any]]] = {"bf16": np.uint16, "fp32": np.uint32}
@@ -79,7 +83,8 @@ class PartRecord(Frozen):
 
     name: str
     bytes: int
-    sha256: str
+    checks: tuple[int, ...]
+    """CRC-32 of each row."""
     unreadable: dict[int, str]
     """By row of the part: `shard\\tkey\\treason`."""
 
@@ -103,8 +108,10 @@ class FeatureManifest(Frozen):
     """[N] (time, height, width) of each token."""
     header_bytes: int
     """Of a part, before its first row."""
+    checks: int
+    """CRC-32 of `checks.bin`."""
     parts: tuple[PartRecord, ...]
-    """Without the reasons."""
+    """Without the reasons and checks."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class FeatureSet:
 
         Raises:
             OSError: the storage does not give them.
-            DataError: the part is shorter than it was.
+            DataError: the part is shorter than it was, or the rows are not those that were written.
         """
         number = draw * parts_of_draw(self.made.samples) + sample // PART_VIDEOS
         row = sample % PART_VIDEOS * self.made.views
@@ -146,13 +153,30 @@ class FeatureSet:
         try:
             content = read_range(state, path, start, size)
         except EndError:
-            raise DataError(
-                f"{path} is shorter than it was written; remove {self.root} and run `python -m jobs.features` again"
-            ) from None
+            raise DataError(f"{path} is shorter than it was written; {_ANEW.format(path)}") from None
+        first = number * PART_VIDEOS * self.made.views + row
+        if row_checks(content, self.made.views) != self._checks(state)[first : first + self.made.views].tolist():
+            raise DataError(f"{path}: row {row} is not what was written; {_ANEW.format(path)}")
         bits = np.frombuffer(content, BITS[self.made.precision]).reshape(self.made.views, *self.row_shape)
         if bits[0, 0, 0] == NAN[self.made.precision] and (bits[0] == NAN[self.made.precision]).all():
             return bits, _reasons(state, f"{self.root}/{part_name(number)}.json").get(row, "\t\tunreadable when it was cached")
         return bits, ""
+
+    def _checks(self, filesystem: bytes) -> npt.NDArray[np.uint32]:
+        rows = self.made.draws * parts_of_draw(self.made.samples) * PART_VIDEOS * self.made.views
+        return _checks_at(filesystem, self.root, rows, self.made.checks)
+
+
+def row_checks(rows: bytes | memoryview, count: int) -> list[int]:
+    """CRC-32 of each of `count` rows of the same size."""
+    content = memoryview(rows).cast("B")
+    size = len(content) // count
+    return [zlib.crc32(content[row * size : (row + 1) * size]) for row in range(count)]
+
+
+def encode_checks(parts: Iterable[PartRecord]) -> bytes:
+    """The content of `checks.bin`."""
+    return np.array([check for part in parts for check in part.checks], "<u4").tobytes()
 
 
 def parts_of_draw(samples: int) -> int:
@@ -202,6 +226,18 @@ def _hash(value: Any) -> str:
 
 def _state(filesystem: Any) -> bytes:
     return pickle.dumps(filesystem)
+
+
+@lru_cache(maxsize=16)
+def _checks_at(filesystem: bytes, root: str, rows: int, check: int) -> npt.NDArray[np.uint32]:
+    path = f"{root}/{CHECKS}"
+    try:
+        content = read_range(filesystem, path, 0, 4 * rows)
+    except EndError:
+        content = b""
+    if zlib.crc32(content) != check:
+        raise DataError(f"{path} is not what was written; {_ANEW.format(path)}")
+    return np.frombuffer(content, "<u4")
 
 
 @lru_cache(maxsize=64)

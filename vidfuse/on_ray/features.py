@@ -16,12 +16,12 @@ import torch
 from pyarrow import fs as pafs
 
 from vidfuse.config import Config, ConfigError
-from vidfuse.data.features import FORMAT, FeatureManifest, FeatureSet, Recipe, open_features
+from vidfuse.data.features import CHECKS, FORMAT, FeatureManifest, FeatureSet, Recipe, open_features
 from vidfuse.data.feed import PackedSet
 from vidfuse.data.shards import DataError
 from vidfuse.models.parts import Tokens
 from vidfuse.models.recognizer import Recognizer, stream_digest
-from vidfuse.on_ray.storage import check_storage, join, open_storage
+from vidfuse.on_ray.storage import check_storage, join, list_files, open_storage
 from vidfuse.on_ray.weights import local
 from vidfuse.train.model import started
 
@@ -129,10 +129,10 @@ def _choices(config: Config, packed: PackedSet, stream: str, split: str) -> dict
 
 
 def find(cache: Cache) -> tuple[FeatureSet, FeatureManifest] | None:
-    """A cache, if it is there and whole.
+    """A cache, if it is there and whole: with all of its files, at their sizes.
 
     Raises:
-        DataError: there are caches of the same choices, but of other weights or another packed set.
+        DataError: it is damaged, or in its place is another one.
     """
     filesystem, root = open_storage(cache.url)
     try:
@@ -141,7 +141,13 @@ def find(cache: Cache) -> tuple[FeatureSet, FeatureManifest] | None:
         return None
     if manifest.recipe != cache.recipe:
         raise DataError(f"{cache.url} is the cache of something else; remove it")
-    return opened, manifest
+    return None if lost(filesystem, root, manifest) else (opened, manifest)
+
+
+def lost(filesystem: Any, root: str, manifest: FeatureManifest) -> list[str]:
+    """Names of a cache's files that are not there at their sizes."""
+    found = list_files(filesystem, root)
+    return [*(part.name for part in manifest.parts if found.get(part.name) != part.bytes), *({CHECKS} - found.keys())]
 
 
 def check_fresh(cache: Cache) -> None:

@@ -1,7 +1,7 @@
 """Making caches of frozen streams' tokens: Ray Data reads and decodes clips, actors run the streams, tasks write parts.
 
 Comes in: a config, its packed set and the caches that are missing. Goes out: parts with their records, and each cache's manifest last.
-What was written stays: made again after a crash, only parts without a record are computed.
+What was written stays: made again after a crash, or after parts were removed, only those that are not there are computed.
 
 A clip is decoded once for all streams. Memory: blocks of clips wait in the object store within `data.buffer_bytes`; a writing task
 holds one part.
@@ -9,10 +9,10 @@ holds one part.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,17 @@ from vidfuse.config import Config
 from vidfuse.data.clips import ClipReader, Part, parts_of
 from vidfuse.data.features import (
     BITS,
+    CHECKS,
     MANIFEST,
     NAN,
     PART_VIDEOS,
     FeatureManifest,
     PartRecord,
+    encode_checks,
     encode_part,
     part_name,
     parts_of_draw,
+    row_checks,
 )
 from vidfuse.data.feed import PackedSet
 from vidfuse.data.flips import mirrored_classes
@@ -43,7 +46,7 @@ from vidfuse.data.sampling import PADDING
 from vidfuse.data.shards import DataError, dump_record, parse_record
 from vidfuse.models.parts import Tokens
 from vidfuse.models.recognizer import Recognizer
-from vidfuse.on_ray.features import Cache, find, shapes
+from vidfuse.on_ray.features import Cache, find, lost, shapes
 from vidfuse.on_ray.storage import StorageError, join, list_files, open_storage, read_bytes, told_when_full, write_bytes
 from vidfuse.on_ray.stream import RETRIES, ClipDatasource
 from vidfuse.on_ray.tasks import Progress
@@ -127,9 +130,11 @@ def _videos_of(job: Job, number: int) -> int:
 
 
 def _records(cache: Cache) -> dict[int, PartRecord]:
-    """Parts that an earlier try completed."""
+    """Parts that an earlier try completed. A manifest that names more goes: it would be that of other rows until the last part is made."""
     filesystem, root = open_storage(cache.url, write=True)
     found = list_files(filesystem, root)
+    if MANIFEST in found:
+        filesystem.delete_file(join(root, MANIFEST))
     records = {}
     for name in found:
         if name.endswith(".json") and name != MANIFEST:
@@ -249,12 +254,13 @@ class _Write:
 
     def _write(self, cache: Cache, number: int, block: dict[str, npt.NDArray[Any]]) -> str:
         filesystem, root = open_storage(cache.url, write=True)
-        content, _ = encode_part(block[f"tokens.{cache.recipe.stream}"], self.job.precision)
+        bits = np.ascontiguousarray(block[f"tokens.{cache.recipe.stream}"])
+        content, _ = encode_part(bits, self.job.precision)
         name = f"{part_name(number)}.safetensors"
         record = PartRecord(
             name=name,
             bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
+            checks=tuple(row_checks(bits.data, len(bits))),
             unreadable={row: str(reason) for row, reason in enumerate(block["error"]) if reason},
         )
         with told_when_full(cache.url, " or raise the quota"):
@@ -268,6 +274,8 @@ def _finish(cache: Cache, job: Job, tokens: Tokens, records: dict[int, PartRecor
     filesystem, root = open_storage(cache.url)
     _, count, width = tokens.values.shape
     empty = np.zeros((PART_VIDEOS, count, width), BITS[job.precision])
+    parts = [records[number] for number in range(job.parts)]
+    checks = encode_checks(parts)
     manifest = FeatureManifest(
         recipe=cache.recipe,
         samples=job.samples,
@@ -278,13 +286,14 @@ def _finish(cache: Cache, job: Job, tokens: Tokens, records: dict[int, PartRecor
         precision=job.precision,
         positions=tuple((t, y, x) for t, y, x in tokens.positions.tolist()),
         header_bytes=encode_part(empty, job.precision)[1],
-        parts=tuple(records[number].model_copy(update={"unreadable": {}}) for number in range(job.parts)),
+        checks=zlib.crc32(checks),
+        parts=tuple(part.model_copy(update={"unreadable": {}, "checks": ()}) for part in parts),
     )
-    found = list_files(filesystem, root)
-    lost = [part.name for part in manifest.parts if found.get(part.name) != part.bytes]
-    if lost:
+    write_bytes(filesystem, join(root, CHECKS), checks)
+    absent = lost(filesystem, root, manifest)
+    if absent:
         raise DataError(
-            f"{cache.url}: {lost[0]} was written by a worker and is not there as seen from here; every machine of the cluster has to see "
+            f"{cache.url}: {absent[0]} was written by a worker and is not there as seen from here; every machine of the cluster has to see "
             "the same folder: give an s3:// URL or a shared folder as features.url"
         )
     write_bytes(filesystem, join(root, MANIFEST), dump_record(manifest))
