@@ -162,6 +162,8 @@ def test_names_follow_what_is_asked_for_and_what_is_behind_it():
     assert other_weights.folder == RECIPE.folder and other_weights.key != RECIPE.key
     assert other_clips.folder != RECIPE.folder and other_clips.key == RECIPE.key
     assert other_weights.differences(RECIPE) == [f"weights: {'a' * 12} there, {'c' * 12} now"]
+    upgraded = RECIPE.model_copy(update={"content": {**RECIPE.content, "pyav": "15.0.0.dev20261123"}})
+    assert upgraded.key != RECIPE.key and upgraded.differences(RECIPE) == ["pyav: none there, 15.0.0.dev20261123 now"]
 
 
 # --- which clip ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.train.local import losses
 from vidfuse.config import Config, ConfigError, from_mapping, override
 from vidfuse.data.features import MANIFEST
 from vidfuse.data.feed import Feed, read_here
+from vidfuse.data.frame_cache import versions
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, read_index, read_manifest
@@ -181,6 +183,14 @@ def test_a_damaged_part_is_refused_and_made_again_alone(config, places):
     assert fit.features_of(settings, lambda _: None) == places
     after = {info.base_name: info.mtime_ns for info in filesystem.get_file_info([join(root, name) for name in names[1:]])}
     assert before == after and read_bytes(filesystem, damaged) == content
+
+
+@pytest.mark.parametrize("name", ["pyav", "OpenCV"])
+def test_a_cache_of_another_decoder_is_refused_by_name(config, places, monkeypatch, name):
+    made_by = versions(config.data.decoder)
+    monkeypatch.setattr(features, "versions", lambda decoder: {**versions(decoder), name: "99.1"})
+    with pytest.raises(DataError, match=rf"are stale: {name}: {re.escape(made_by[name])} there, 99\.1 now\. `python -m jobs"):
+        fit.features_of(cached(config), lambda _: None)
 
 
 def test_other_weights_are_refused_by_name_and_may_be_made_beside(config, tmp_path):

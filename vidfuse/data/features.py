@@ -56,7 +56,7 @@ class Recipe(Frozen):
     choices: dict[str, Any]
     """What a config asks for: backbone, clips, grid, precision."""
     content: dict[str, str]
-    """What was behind the names in it: hashes of the weights and of the packed set."""
+    """What was behind the names in it: hashes of the weights and of the packed set, versions of the decoder and of OpenCV."""
 
     @property
     def folder(self) -> str:
@@ -69,10 +69,10 @@ class Recipe(Frozen):
         return _hash(self.content)[:16]
 
     def differences(self, other: Recipe) -> list[str]:
-        """What is behind the same names and differs: `weights: HASH there, HASH now`."""
+        """What is behind the same names and differs: `weights: HASH there, HASH now`; versions are whole, hashes are not."""
         names = sorted({*self.content, *other.content})
         return [
-            f"{name}: {other.content.get(name, 'none')[:12]} there, {self.content.get(name, 'none')[:12]} now"
+            f"{name}: {_short(other.content.get(name, 'none'))} there, {_short(self.content.get(name, 'none'))} now"
             for name in names
             if self.content.get(name) != other.content.get(name)
         ]
@@ -218,6 +218,10 @@ def open_features(filesystem: Any, root: str) -> tuple[FeatureSet, FeatureManife
         raise DataError(f"{root}/{MANIFEST} is of format {made}, this version of vidfuse reads {FORMAT}: make the cache anew")
     manifest = parse_record(FeatureManifest, content, f"{root}/{MANIFEST}")
     return FeatureSet(filesystem, root, manifest.model_copy(update={"parts": ()})), manifest
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 32 else value[:12]
 
 
 def _hash(value: Any) -> str:

@@ -23,7 +23,7 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -63,16 +63,18 @@ def key_of(sha256: bytes, numbers: npt.NDArray[np.int64], box: Box, size: int, d
         size: Height and width that it is resized to.
         decoder: One of `decode.DECODERS`; its version counts, as does that of OpenCV.
     """
-    what = [FORMAT, sha256.hex(), [int(n) for n in numbers], astuple(box), size, decoder, _version(decoder), cv2.__version__]
+    what = [FORMAT, sha256.hex(), [int(n) for n in numbers], astuple(box), size, decoder, *versions(decoder).values()]
     return hashlib.sha256(json.dumps(what).encode()).digest()
 
 
 @lru_cache(maxsize=8)
-def _version(decoder: str) -> str:
+def versions(decoder: str) -> Mapping[str, str]:
+    """Of what makes the pixels of a clip here, by name: the decoder, then OpenCV."""
     try:
-        return metadata.version({"pyav": "av"}.get(decoder, decoder))
+        version = metadata.version({"pyav": "av"}.get(decoder, decoder))
     except metadata.PackageNotFoundError:
-        return ""
+        version = ""
+    return {decoder: version, "OpenCV": cv2.__version__}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Comes in: a config and its packed set. Goes out: for each split and stream that is cached the place of its cache, found or made by
 `on_ray.featurizing`. A cache's folder is named by what the config asks for, and in it by what is behind these names (weights,
-packed set); so one of other weights is known as such and refused by name.
+packed set, versions of what makes pixels); so one of other weights is known as such and refused by name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pyarrow import fs as pafs
 from vidfuse.config import Config, ConfigError
 from vidfuse.data.features import CHECKS, FORMAT, FeatureManifest, FeatureSet, Recipe, open_features
 from vidfuse.data.feed import PackedSet
+from vidfuse.data.frame_cache import versions
 from vidfuse.data.shards import DataError
 from vidfuse.models.parts import Tokens
 from vidfuse.models.recognizer import Recognizer, stream_digest
@@ -103,7 +104,7 @@ def wanted(config: Config, packed: PackedSet) -> list[Cache]:
     caches = []
     for split in splits:
         for stream, digest in digests.items():
-            content = {"weights": digest, "packed set": packed.manifest.version}
+            content = {"weights": digest, "packed set": packed.manifest.version, **versions(config.data.decoder)}
             recipe = Recipe(stream=stream, split=split, choices=_choices(config, packed, stream, split), content=content)
             caches.append(Cache(recipe, join(base, recipe.folder, recipe.key)))
     return caches
@@ -151,7 +152,7 @@ def lost(filesystem: Any, root: str, manifest: FeatureManifest) -> list[str]:
 
 
 def check_fresh(cache: Cache) -> None:
-    """Refuse where caches of the same choices are of other weights or another packed set, and this one is not there.
+    """Refuse where caches of the same choices are of other content (`Recipe.content`), and this one is not there.
 
     Raises:
         DataError: it names them and says what differs.
