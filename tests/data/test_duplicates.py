@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from vidfuse.data import duplicates
 from vidfuse.data.duplicates import frame_hash, groups, near_pairs
 
 
@@ -36,6 +37,42 @@ def test_it_finds_what_comparing_all_with_all_finds(frames, most):
     found = dict(zip(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), pairs.bits.tolist(), strict=True))
     assert found == brute_force(hashes, most)
     assert len(found) == len(pairs.first)
+
+
+@pytest.mark.parametrize("crowd", [3, 40])
+@pytest.mark.parametrize(("frames", "most"), [(1, 5), (4, 16), (2, 40)])
+def test_crowds_hang_together_as_by_all_pairs(frames, most, crowd, monkeypatch):
+    """Several of them, near and less near, with what is near to one of a crowd alone."""
+    monkeypatch.setattr(duplicates, "CROWD", crowd)
+    rng = np.random.default_rng(frames * 100 + most)
+    seeds = rng.integers(0, 2**64, (4, frames), dtype=np.uint64)
+    seeds[3] = flipped(rng, seeds[2], min(2 * most, 64 * frames // 2))
+    wide = [flipped(rng, seed, int(rng.integers(0, most + most // 2))) for seed in seeds for _ in range(150)]
+    chain = [seeds[0]]
+    for _ in range(30):
+        chain.append(flipped(rng, chain[-1], most))
+    hashes = rng.permutation(np.concatenate([wide, chain, rng.integers(0, 2**64, (50, frames), dtype=np.uint64)]))
+    expected, pairs = brute_force(hashes, most), near_pairs(hashes, most)
+    found = dict(zip(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), pairs.bits.tolist(), strict=True))
+    assert found.items() <= expected.items() and len(found) < len(expected)
+    all_first, all_second = np.array(list(expected)).T
+    together = zip(groups(pairs.first, pairs.second, len(hashes)), groups(all_first, all_second, len(hashes)), strict=True)
+    assert (
+        len(set(together))
+        == len(set(groups(pairs.first, pairs.second, len(hashes))))
+        == len(set(groups(all_first, all_second, len(hashes))))
+    )
+
+
+def test_a_crowd_takes_no_more_than_its_videos():
+    """Of a camera that stands still: pairs are as the videos, not as their square."""
+    rng = np.random.default_rng(0)
+    hashes = np.repeat(rng.integers(0, 2**64, (1, 8), dtype=np.uint64), 3000, axis=0)
+    for _ in range(4):
+        hashes[np.arange(3000), rng.integers(0, 8, 3000)] ^= np.uint64(1) << rng.integers(0, 64, 3000, dtype=np.uint64)
+    pairs = near_pairs(hashes, 32)
+    assert 2999 <= len(pairs.first) < 30_000
+    assert len(set(groups(pairs.first, pairs.second, 3000))) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1])
