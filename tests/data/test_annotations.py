@@ -105,6 +105,9 @@ def test_only_files_are_videos(tmp_path):
     source = read_layout(tmp_path, options=LayoutConfig(allow_missing=0.87))
     assert keys(source) == {"train": [("a", 0), ("b", 1)]}
     assert len(source.absent) == 13
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).unlink()
+    assert "names 15 of 15 videos that are not there: a.mp4, b.mp4, frames.mp4, 00.mp4, " in fault(tmp_path)
     touch(tmp_path, "train/run/a.mp4", "train/walk/b.mp4")
     (tmp_path / "train/walk/frames.mp4").mkdir()
     assert keys(read_layout(tmp_path, "tree")) == {"train": [("a", 0), ("b", 1)]}

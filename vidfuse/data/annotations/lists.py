@@ -74,8 +74,8 @@ def read(folder: Path, options: LayoutConfig) -> Source:
     for split, listed in entries.items():
         _check_labels(files[split], listed, len(classes), names)
     there = videos_below(folder)
-    if not there and not any(entry.path.startswith("/") for listed in entries.values() for entry in listed):
-        raise DataError(f"{folder}: no videos ({SUFFIXES}); {archive_advice(folder) or 'unpack them there'}")
+    if not there and (advice := archive_advice(folder)):
+        raise DataError(f"{folder}: no videos ({SUFFIXES}); {advice}")
     known = set(there)
     found: dict[str, list[tuple[_Entry, str]]] = {}
     absent: tuple[Quarantined, ...] = ()
