@@ -308,6 +308,12 @@ def test_split_folders(tmp_path):
     assert "valid/ and val/ are both the split 'validation'" in fault(tmp_path) or "val/ and valid/ are both" in fault(tmp_path)
 
 
+def test_one_class_of_a_list_is_enough(tmp_path):
+    touch(tmp_path, "train/run/a.mp4", "val/walk/b.mp4")
+    write(tmp_path / "classes.txt", "walk", "run")
+    assert keys(read_layout(tmp_path)) == {"train": [("a", 1)], "validation": [("b", 0)]}
+
+
 def test_folders_without_classes(tmp_path):
     touch(tmp_path, "a.mp4")
     assert "no annotations; a folder is needed that holds" in fault(tmp_path)
@@ -362,8 +368,10 @@ def test_folders_of_which_the_classes_cannot_be_told(tmp_path):
         )
         assert f"{words} these were not taken for annotations: notes/split.csv" in fault(tmp_path / "a", **options)
     touch(tmp_path, *(f"b/part{part}/{name}/x.mp4" for name in ("run", "walk") for part in (1, 2)))
-    words = "which folders are the classes, part1, part2 or those in them, run, walk? Give the folder of the classes"
+    words = "which folders are the classes, part1, part2 or those in them, run, walk? Give the folder of the classes, or a list"
     assert words in fault(tmp_path / "b", holdout=0.5)
+    write(tmp_path / "b/classes.txt", "part1", "part2", "part3")
+    assert read_layout(tmp_path / "b", options=LayoutConfig(holdout=0.5)).classes == ("part1", "part2", "part3")
     touch(tmp_path, *(f"c/{name}/{split}/x.mp4" for name in ("run", "walk") for split in ("train", "val")))
     assert "the classes, run, walk or those in them, train, val?" in fault(tmp_path / "c", holdout=0.5)
     touch(tmp_path, "d/train/videos/run/a.mp4", "d/train/videos/walk/b.mp4")
@@ -376,12 +384,12 @@ def test_folders_of_which_the_classes_cannot_be_told(tmp_path):
 
 def test_folders_of_splits_are_no_classes(tmp_path):
     touch(tmp_path, *(f"{split}/{n}.mp4" for split in ("train", "val", "test") for n in range(3)))
-    write(tmp_path / "more/deep/train.csv", "some,thing")
+    write(tmp_path / "more/deep/train.CSV", "some,thing")
     for options in ({}, {"holdout": 0.5}):
         words = fault(tmp_path, **options)
         assert "videos are directly in train/, val/, and no annotations tell their classes: put them into folders" in words
         assert "a CSV with youtube_id (Kinetics), train*.txt" in words
-        assert words.endswith("these were not taken for annotations: more/deep/train.csv")
+        assert words.endswith("these were not taken for annotations: more/deep/train.CSV")
     write(tmp_path / "lists/train.txt", "0.mp4 0", "1.mp4 1")
     assert keys(read_layout(tmp_path))["train"] == [("0", 0), ("1", 1)]
 

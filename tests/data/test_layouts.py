@@ -273,6 +273,14 @@ def test_hmdb51(hmdb51):
     assert "no class folder of <class>_test_split1.txt is here with a video in it (.mp4, " in fault(hmdb51)
 
 
+def test_hmdb51_with_a_class_called_train(hmdb51):
+    next(hmdb51.glob("*/run_test_split1.txt")).rename(
+        next(hmdb51.glob("*/brush_hair_test_split1.txt")).parent / "train_test_split1.txt"
+    )
+    next(hmdb51.rglob("run")).rename(next(hmdb51.rglob("brush_hair")).parent / "train")
+    assert read_layout(hmdb51).classes == ("brush_hair", "train")
+
+
 def test_lists_that_were_made_from_those_of_hmdb51(hmdb51):
     for split, video in (("train", "a#1"), ("val", "b")):
         place = "videos/" if (hmdb51 / "videos").is_dir() else ""

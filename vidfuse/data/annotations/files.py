@@ -169,7 +169,9 @@ def text_files(folder: Path, *suffixes: str, places: Iterable[str] = PLACES) -> 
 
 def unread(folder: Path) -> str:
     """Words on the files of a folder that may be annotations and were not taken for any; empty: there are none."""
-    files = [path for path in files_below(folder, lambda name: name.endswith((".csv", ".txt", ".json"))) if not _names(path)]
+    files = [
+        path for path in files_below(folder, lambda name: name.lower().endswith((".csv", ".txt", ".json"))) if not _names(path)
+    ]
     return f"; these were not taken for annotations: {shown(files)}" if files else ""
 
 

@@ -24,7 +24,9 @@ _LINE = re.compile(r"(?P<video>.+?)\s+(?P<use>[012])")
 
 def detect(folder: Path) -> bool:
     """Whether the folder has lists of this kind, and no list of training videos."""
-    return bool(lists_of_classes(folder)) and not any(split_of(file.stem) == "train" for file in text_files(folder, ".txt"))
+    found = {file for files in lists_of_classes(folder).values() for file in files.values()}
+    others = (file for file in text_files(folder, ".txt", ".csv") if file not in found)
+    return bool(found) and not any(split_of(file.stem) == "train" for file in others)
 
 
 def read(folder: Path, options: LayoutConfig) -> Source:

@@ -3,7 +3,7 @@
 Split folders are called as in `source.SPLIT_NAMES`, and no class is; videos directly in a test folder are unlabelled. Classes are
 numbered in alphabetical order of their folders, or by a list of classes. A class's videos may lie in folders of groups, whose
 names have a number (`<class>/v_shooting_01/<video>` of UCF11): other folders in class folders are refused, since they may be the
-classes themselves.
+classes themselves, unless a list of classes says which are.
 
 Without split folders a share of each class's videos is held out for validation: those first in the order of a hash of (seed,
 path), so a video stays where it is when others are added to its class, but for the ones at the border. A group is held out whole;
@@ -155,6 +155,10 @@ def _classes(folder: Path, train: Sequence[str], level: int, options: LayoutConf
     split = [path.split("/") for path in train]
     found = sorted({parts[level] for parts in split})
     place = folder / split[0][0] if level else folder
+    names = class_file(folder, options.classes)
+    named = read_classes(names) if names else ()
+    if set(found) <= set(named):
+        return named
     if len(found) < 2:
         deeper = all(len(parts) > level + 2 for parts in split)
         raise DataError(
@@ -167,10 +171,9 @@ def _classes(folder: Path, train: Sequence[str], level: int, options: LayoutConf
     if unnumbered:
         raise DataError(
             f"{place}: which folders are the classes, {shown(found)} or those in them, {shown(unnumbered)}? Give the folder of"
-            f" the classes; groups of a class's videos need a number in their folders' names"
+            f" the classes, or a list of them with --classes; groups of a class's videos need a number in their folders' names"
         )
-    names = class_file(folder, options.classes)
-    return read_classes(names) if names else tuple(found)
+    return named or tuple(found)
 
 
 def _deeper(inner: Path, level: int) -> str:
