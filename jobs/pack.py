@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if form.model_fields_set and not how.transcode:
         raise ConfigError(f"--{min(form.model_fields_set).replace('_', '-')} is for --transcode: add it, or leave both out")
     source = read_layout(packing.source_folder(options.source), how.layout, cli.fields_of(options, LayoutConfig))
+    cli.say(source.line())
     plan = packing.prepare(source, options.source, options.url, how.shard_bytes, form if how.transcode else None)
     if not plan.finished:
         cli.start_ray()

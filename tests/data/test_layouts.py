@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tests.support import shared_data, write_json
-from vidfuse.config import LayoutConfig
-from vidfuse.data.layouts import read_layout
+from vidfuse.config import LayoutConfig, PackConfig
+from vidfuse.data.layouts import LAYOUTS, read_layout
 from vidfuse.data.shards import DataError
 
 TEMPLATES = ("Pushing [something] from left to right", "Lifting [something] up")
@@ -47,6 +48,10 @@ def fault(folder: Path, layout: str | None = None, **options) -> str:
     with pytest.raises(DataError) as error:
         read_layout(folder, layout, LayoutConfig(**options))
     return str(error.value)
+
+
+def test_each_layout_can_be_asked_for():
+    assert get_args(get_args(PackConfig.model_fields["layout"].annotation)[0]) == tuple(LAYOUTS)
 
 
 def test_ssv2_as_distributed(ssv2):

@@ -78,6 +78,7 @@ def test_the_command_by_itself(tmp_path, monkeypatch, capsys):
     url = str(tmp_path / "set")
     first = run_job("pack", str(folder), url)
     assert first.returncode == 0, first.stderr
+    assert "read as ucf101: 4 train, 2 validation videos of " in first.stdout
     assert "train: 3 videos in 1 shards" in first.stdout
     assert "validation: 2 videos in 1 shards" in first.stdout
     assert f"1 videos left out, see {url}/quarantine.json" in first.stdout

@@ -12,7 +12,7 @@ from vidfuse.config.section import Section
 class PackConfig(Section):
     """How a folder of videos becomes a packed set (`jobs.pack`)."""
 
-    layout: Literal["ssv2", "ucf101", "kinetics", "tree", "list"] | None = None
+    layout: Literal["ssv2", "ucf101", "hmdb51", "kinetics", "list", "tree"] | None = None
     """How the annotations are laid out. Default: told from the files."""
     shard_bytes: ByteSize = ByteSize(256_000_000)
     """Bound of a shard, such as 256000000, 256MB or 1GiB; with `transcode`, of its videos before."""
@@ -24,7 +24,7 @@ class LayoutConfig(Section):
     """How the annotations of a folder of videos are read (`jobs.pack`); what a layout has no use for is left alone."""
 
     split_number: int = Field(1, ge=1, le=3)
-    """Official split: of `ucf101`, and of lists that are called `..._split_N...`."""
+    """Official split: of `ucf101`, of `hmdb51`, and of lists that are called `..._split_N...`."""
     holdout: float | None = Field(None, gt=0, lt=1)
     """Share of each class's videos that `tree` puts into the validation split where the folders tell no splits."""
     seed: int = Field(0, ge=0)
