@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests import support
-from vidfuse.config import from_mapping, override
+from vidfuse.config import ConfigError, from_mapping, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, read_manifest
 from vidfuse.on_ray import fit
@@ -275,8 +275,30 @@ def test_an_ensemble_with_mirrored_views_is_published_beside_its_first_run(whole
     assert publish(both, folder, tmp_path).endswith("evaluate/validation-with-whole")
     result = folder.json("evaluate/validation-with-whole/result.json")
     assert result["ensemble"] == ["whole", "whole"] and (result["flip"], result["mean"]) == (True, "logits")
+    assert result["views"] == [{"clips": 1, "crops": 1, "flip": True}] * 2
     with pytest.raises(DataError, match="is not of the packed set and split"):
         judge_together([(folder, mirrored), (folder, override(mirrored, ["evaluate.split=train"]))], "best", facts={})
+
+
+def test_an_ensemble_says_the_views_of_each_run(whole, tmp_path):
+    config, *_ = whole
+    folder = RunFolder.at(join(config.run.storage, "whole"))
+    one, two = (override(folder.config(), [f"evaluate.clips={clips}"]) for clips in (1, 2))
+    both = judge_together([(folder, one), (folder, two)], "best", facts={"command": "x"})
+    result = both.result()
+    views = [{"clips": clips, "crops": 1, "flip": False} for clips in (1, 2)]
+    assert result["views"] == views and (result["clips"], result["crops"], result["flip"]) == (None, 1, False)
+    assert (
+        both.facts["command"] == "x" and both.facts["run 2"].startswith("whole, ") and "clips 2, crops 1" in both.facts["run 2"]
+    )
+    page = (publish(both, folder, tmp_path), (tmp_path / "out" / "report.html").read_text())[1]
+    assert "clips 2, crops 1" in page
+    alone = judge(folder, two, "best", facts={}).result()
+    assert alone["clips"] == 2 and "views" not in alone and "ensemble" not in alone
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.mean is probabilities in .*whole and logits in .*whole: an ensemble has one"
+    ):
+        judge_together([(folder, one), (folder, override(two, ["evaluate.mean=logits"]))], "best", facts={})
 
 
 def test_one_worker_in_this_process_trains_as_ray_trains_does(config):

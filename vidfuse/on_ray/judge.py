@@ -45,24 +45,33 @@ class Judgement:
     facts: Mapping[str, str]
     damaged: tuple[Damage, ...] = ()
     """Checkpoints that would have been scored instead."""
-    members: tuple[str, ...] = ()
-    """Runs of an ensemble, the one of the config first; empty: it is one run's."""
+    members: tuple[Judgement, ...] = ()
+    """Of the runs of an ensemble, the one of the config first; empty: it is one run's."""
 
     @property
     def below(self) -> str:
         """Folder of the run that it is published in."""
-        return join("evaluate", "-with-".join((split_of(self.config), *self.members[1:])))
+        return join("evaluate", "-with-".join((split_of(self.config), *self._names[1:])))
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """What of a video was scored; `None`: not the same in all runs of an ensemble."""
+        if self.members:
+            first, *others = (member.views for member in self.members)
+            return {name: value if all(of[name] == value for of in others) else None for name, value in first.items()}
+        return {name: getattr(self.config.evaluate, name) for name in ("clips", "crops", "flip")}
+
+    @property
+    def _names(self) -> list[str]:
+        return [member.config.run.name for member in self.members]
 
     def result(self) -> dict[str, Any]:
-        """What result.json holds."""
-        view = self.config.evaluate
+        """What result.json holds; of an ensemble also the views of each run, in the order of their names."""
         head: dict[str, Any] = {"run": self.config.run.name, "checkpoint": self.checkpoint, "split": split_of(self.config)}
-        head |= {"ensemble": list(self.members)} if self.members else {}
+        head |= {"ensemble": self._names, "views": [member.views for member in self.members]} if self.members else {}
         views = {
-            "clips": view.clips,
-            "crops": view.crops,
-            "flip": view.flip,
-            "mean": view.mean,
+            **self.views,
+            "mean": self.config.evaluate.mean,
             "samples_scored": self.scores.samples,
             "samples_in_manifest": self.in_manifest,
             "packed_version": self.packed_version,
@@ -121,12 +130,13 @@ def judge_together(runs: Sequence[tuple[RunFolder, Config]], which: str, *, fact
     """Score the checkpoints of several runs over one split, and the average of what they say.
 
     Args:
-        runs: with the wanted `evaluate` sections; a single one is judged by itself.
+        runs: with the wanted `evaluate` sections, which may differ in their views; a single one is judged by itself.
         which: `best` or `last`.
         facts: about this evaluation.
 
     Raises:
         DataError: the runs are of other sets or splits; or as `judge`.
+        ConfigError: they are to be averaged in different ways.
     """
     (folder, config), others = runs[0], runs[1:]
     if not others:
@@ -138,6 +148,11 @@ def judge_together(runs: Sequence[tuple[RunFolder, Config]], which: str, *, fact
                 f"{other.url} is not of the packed set and split of {folder.url} ({split!r} of {config.data.url}): an ensemble is "
                 "of runs over the same samples; say --set evaluate.split=... data.url=... for all of them"
             )
+        if theirs.evaluate.mean != config.evaluate.mean:
+            raise ConfigError(
+                f"evaluate.mean is {config.evaluate.mean} in {folder.url} and {theirs.evaluate.mean} in {other.url}: an ensemble has one "
+                "average; say --set evaluate.mean=probabilities or evaluate.mean=logits for all of them"
+            )
     parts = [judge(*run, which, facts=facts) for run in runs]
     scored = together([part.scored for part in parts], mean=config.evaluate.mean)
     return replace(
@@ -146,8 +161,14 @@ def judge_together(runs: Sequence[tuple[RunFolder, Config]], which: str, *, fact
         scored=scored,
         scores=judged(scored, manifest.classes),
         damaged=tuple(damage for part in parts for damage in part.damaged),
-        members=tuple(part.config.run.name for part in parts),
+        facts={**parts[0].facts, **{f"run {number}": _said(part) for number, part in enumerate(parts, 1)}},
+        members=tuple(parts),
     )
+
+
+def _said(member: Judgement) -> str:
+    views = ", ".join(f"{name} {value}" for name, value in member.views.items())
+    return f"{member.config.run.name}, {member.checkpoint}: {views}"
 
 
 def folder_manifest(config: Config) -> Any:
