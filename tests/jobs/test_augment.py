@@ -11,7 +11,7 @@ from PIL import Image
 from jobs import augment
 from tests import support
 from vidfuse.config import ConfigError, from_mapping, override
-from vidfuse.data.sheet import SHOWS, rows_of
+from vidfuse.data.sheet import PLACES, SHOWS, rows_of
 
 SETTINGS = ("data.size=32", "data.frames=4", "data.augment.rand_augment={}", "train.mixing={}")
 
@@ -44,6 +44,16 @@ def test_captions_have_the_parameters(videos):
     assert all(np.array_equal(a.clip, b.clip) and a.caption == b.caption for a, b in zip(draws, again, strict=True))
     captions = [row.caption for row in rows_of("time", contents, config)]
     assert any("reverse 1.0: frames 17 12 7 2" in caption for caption in captions)
+
+
+def test_the_mirror_image_has_a_row_among_places_and_is_named_in_draws(videos):
+    config = override(from_mapping({}), ["data.size=32", "data.frames=4", "data.flip=true"])
+    contents = [Path(path).read_bytes() for path in videos]
+    plain, mirrored, *others = rows_of("places", contents, config)
+    assert (plain.caption, mirrored.caption) == ("as it is", "mirrored") and len(others) == len(PLACES) + 3
+    assert np.array_equal(mirrored.clip, plain.clip[:, :, ::-1]) and not np.array_equal(mirrored.clip, plain.clip)
+    assert sum(", mirrored" in row.caption for row in rows_of("draws", contents, config, draws=8)) not in (0, 8)
+    assert "mirrored" not in [row.caption for row in rows_of("colours", contents, config)]
 
 
 def test_what_is_no_video_is_said(tmp_path, videos):

@@ -88,6 +88,8 @@ def rows_of(show: str, videos: Sequence[bytes], config: Config, *, draws: int = 
         yield from _times(videos[0], config)
     else:
         yield Row("as it is", whole[0])
+        if show == "places":
+            yield Row("mirrored", _plain(videos[0], config, 0, mirrored=True))
         changes = COLOURS if show == "colours" else (*PLACES, *_erased(config.data.size))
         yield from (Row(str(change), apply(whole[0], [change])) for change in changes)
 
@@ -123,12 +125,14 @@ def _erased(size: int) -> Iterator[Change]:
 
 
 def _reader(config: Config) -> ClipReader:
-    return ClipReader(None, "", config.data, config.seed)
+    """Its testing views are the clip as it is, and mirrored."""
+    return ClipReader(None, "", config.data, config.seed, flip=True)
 
 
 def _facts(content: bytes, sample: int) -> Video:
     info = probe(content)
-    return Video(sample, "", "", -1, 0, len(content), info.frames, info.width, info.height)
+    label = 0  # any: a video without one is never mirrored
+    return Video(sample, "", "", label, 0, len(content), info.frames, info.width, info.height)
 
 
 def _made(content: bytes, plan: View, config: Config) -> Clip:
@@ -138,9 +142,9 @@ def _made(content: bytes, plan: View, config: Config) -> Clip:
     return out[0]
 
 
-def _plain(content: bytes, config: Config, sample: int) -> Clip:
-    (plan,) = _reader(config).plans(_facts(content, sample), None)
-    return _made(content, plan, config)
+def _plain(content: bytes, config: Config, sample: int, *, mirrored: bool = False) -> Clip:
+    plans = _reader(config).plans(_facts(content, sample), None)
+    return next(_made(content, plan, config) for plan in plans if plan.box.mirrored == mirrored)
 
 
 def _draws(videos: Sequence[bytes], config: Config, draws: int) -> Iterator[Row]:
