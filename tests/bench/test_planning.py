@@ -38,7 +38,8 @@ seconds = bare()
 start = time.perf_counter()
 plan = prepare(read_layout(folder), folder, target).plan
 planned = time.perf_counter() - start
-print(json.dumps({"bare": seconds, "planned": planned, "before": before, "lists": lists, "peak": peak(), "videos": sum(len(part.videos) for part in plan.shards)}))
+videos = sum(len(part.videos) for part in plan.shards)
+print(json.dumps({"bare": seconds, "planned": planned, "before": before, "lists": lists, "peak": peak(), "videos": videos}))
 """
 
 

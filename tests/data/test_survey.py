@@ -9,7 +9,7 @@ import pytest
 
 from tests import support
 from vidfuse.config import QualityConfig
-from vidfuse.data import quality
+from vidfuse.data import copies, quality
 from vidfuse.data.shards import Manifest, Quarantined, SplitInfo
 from vidfuse.data.survey import Survey, survey
 
@@ -94,6 +94,27 @@ def test_a_crowd_of_equal_videos_is_one_group():
     found = judge({"train": train, "validation": rows("validation", 3)})
     assert [len(group.keys) for group in found.repeats] == [300]
     assert [broken.threshold for broken in found.broken] == ["max_duplicate_share"]
+
+
+def test_the_nearest_of_a_crowd_is_found_wherever_it_is(monkeypatch):
+    """All of training hang together; one video of validation is near to a late one of them alone, one has a late one's bytes."""
+    monkeypatch.setattr(copies, "_COMPARED", 8)
+    base = np.array(rows("train", 1)[0]["hashes"], np.uint64)
+    train = [{**row, "hashes": (base ^ np.uint64(1 << number)).tolist()} for number, row in enumerate(rows("train", 30))]
+    late = base.copy()
+    late[0] ^= np.uint64(0xFFF << 40)
+    train[27] |= {"hashes": late.tolist()}
+    further = late.copy()
+    further[1] ^= np.uint64(0xFFF)
+    validation = rows("validation", 2)
+    validation[0] |= {"hashes": further.tolist()}
+    validation[1] |= {"sha256": "train29"}
+    found = judge({"train": train, "validation": validation})
+    assert [(leak.video.key, leak.duplicate.key, leak.bits) for leak in found.leaks] == [
+        ("validation0", "train27", 3.0),
+        ("validation1", "train29", 0.0),
+    ]
+    assert len(found.repeats[0].keys) == 30
 
 
 @pytest.mark.parametrize(

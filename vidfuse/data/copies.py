@@ -18,7 +18,7 @@ from vidfuse.data.duplicates import Hashes, groups, near_pairs
 from vidfuse.data.shards import Frozen
 
 _COMPARED = 4096
-"""Most videos of other splits with which a video of a crowd of duplicates is compared to find its nearest one."""
+"""Videos of other splits with which a video of a crowd is compared at a time."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -143,17 +143,21 @@ def _equal(values: npt.NDArray[Any], counts: npt.NDArray[np.bool_]) -> tuple[Row
 
 
 def _nearest(videos: _Videos, row: int, others: Rows, most_bits: int) -> Pair | None:
-    """The nearest of some videos; `None`: all of them are only near to what is near to it."""
-    others = others[:_COMPARED]
-    bits = np.bitwise_count(videos.hashes[others] ^ videos.hashes[row]).sum(axis=1, dtype=np.int64)
-    same = videos.sha256[others] == videos.sha256[row]
-    bits[~(videos.telling[others] & videos.telling[row])] = most_bits + 1
-    bits[same] = -1
-    best = int(np.argmin(bits))
-    if bits[best] > most_bits:
+    """The nearest of some videos, the first of several; `None`: all of them are only near to what is near to it."""
+    best, least = -1, most_bits + 1
+    for start in range(0, len(others), _COMPARED):
+        some = others[start : start + _COMPARED]
+        bits = np.bitwise_count(videos.hashes[some] ^ videos.hashes[row]).sum(axis=1, dtype=np.int64)
+        bits[~(videos.telling[some] & videos.telling[row])] = most_bits + 1
+        bits[videos.sha256[some] == videos.sha256[row]] = -1
+        if bits.min() < least:
+            best, least = int(some[np.argmin(bits)]), int(bits.min())
+        if least < 0:
+            break
+    if best < 0:
         return None
-    mean = max(float(bits[best]), 0.0) / videos.hashes.shape[1]
-    return Pair(video=videos.place(row), duplicate=videos.place(int(others[best])), same_bytes=bool(same[best]), bits=mean)
+    mean = max(least, 0) / videos.hashes.shape[1]
+    return Pair(video=videos.place(row), duplicate=videos.place(best), same_bytes=least < 0, bits=mean)
 
 
 def _repeats(videos: _Videos, rows: Rows) -> Repeats:
