@@ -113,7 +113,10 @@ def source(tmp_path, monkeypatch) -> str:
         (["{source}", "set", "--allow-missing", "2"], "--allow-missing 2: .* less than 1. Share of a list"),
         (["{source}", "set", "--short-side", "240"], "--short-side is for --transcode"),
         (["{source}", "set", "--transcode", "--gop", "0"], "--gop 0: .*greater than or equal to 1"),
-        (["{source}", "set", "--layout", "imagenet"], "--layout imagenet: .*'ssv2', 'ucf101', 'hmdb51', 'kinetics', 'list' or 'tree'"),
+        (
+            ["{source}", "set", "--layout", "imagenet"],
+            "--layout imagenet: .*'ssv2', 'ucf101', 'hmdb51', 'kinetics', 'list' or 'tree'",
+        ),
         (["{source}", "set", "--shard-bytes", "1KB"], "at least 64000"),
     ],
 )
