@@ -23,7 +23,7 @@ def test_a_product_is_the_rounded_product_of_float32(layer, monkeypatch):
     layer = layer.bfloat16()
     shape = (2, 16) if isinstance(layer, nn.Linear) else (2, 4, *[8] * (layer.weight.ndim - 2))
     x = torch.randn(shape).bfloat16()
-    with precision.bfloat16_arithmetic(x):
+    with precision.bfloat16_arithmetic(x, layer):
         got = layer(x)
     assert got.dtype == torch.bfloat16 and torch.equal(got, layer.float()(x.float()).bfloat16())
 
@@ -57,7 +57,7 @@ def test_recomputed_blocks_use_the_same_arithmetic(native):
 def test_float32_is_left_alone(monkeypatch):
     monkeypatch.setattr(precision, "_has_bfloat16", lambda: False)
     x, layer = torch.randn(2, 16), nn.Linear(16, 8)
-    with precision.bfloat16_arithmetic(x):
+    with precision.bfloat16_arithmetic(x, layer):
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -79,7 +79,7 @@ def test_gradients_of_kernels_longer_than_their_input(native, kernel, size, auto
     for _ in range(4):
         del [torch.full((200_000,), torch.nan) for _ in range(20)][:]
         layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), precision.bfloat16_arithmetic(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), precision.bfloat16_arithmetic(x, layer):
             got = layer(x.float() if autocast else x)
         got.backward(want)
         assert got.dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -50,11 +50,13 @@ class _InFloat32(TorchFunctionMode):
             return func(*map(up, args), **{name: up(value) for name, value in (kwargs or {}).items()}).bfloat16()
 
 
-def bfloat16_arithmetic(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context for a forward pass on the device of `like`; on a GPU it does nothing."""
-    if like.device.type != "cpu":
-        return contextlib.nullcontext()
-    return _InFloat32(_hangs_over if _has_bfloat16() else lambda func, args: func in PRODUCTS)
+def bfloat16_arithmetic(like: Tensor, module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context for a forward pass of a module on the device of `like`; on a GPU it does nothing."""
+    if like.device.type == "cpu" and not _has_bfloat16():
+        return _InFloat32(lambda func, args: func in PRODUCTS)
+    if like.device.type == "cpu" and any(isinstance(part, nn.Conv3d) for part in module.modules()):
+        return _InFloat32(_hangs_over)
+    return contextlib.nullcontext()
 
 
 def _hangs_over(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

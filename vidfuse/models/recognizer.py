@@ -107,7 +107,7 @@ class Recognizer(nn.Module):
             cached: What `tokens` gave of these clips; the streams that are here do not run.
             return_attention: Whether attention is wanted.
         """
-        with bfloat16_arithmetic(clips):
+        with bfloat16_arithmetic(clips, self):
             streams, exchanged = self._tokens_of_all(clips, cached or {}, return_attention)
             fused: Fused = self.fusion(streams, return_attention=return_attention)
             logits = self.head(fused.feature).float()
@@ -152,7 +152,7 @@ class Recognizer(nn.Module):
             ValueError: it is not fixed (see `check_cacheable`).
         """
         self.check_cacheable([name])
-        with bfloat16_arithmetic(clips):
+        with bfloat16_arithmetic(clips, self):
             return self._tokens(name, clips)
 
     @property
@@ -193,7 +193,7 @@ class Recognizer(nn.Module):
         """A step of streams that run in step, computed again in backward if so wished."""
         if not (self.recomputes_steps and self.training and torch.is_grad_enabled()):
             return step(*args, **kwargs)
-        return checkpoint(_as_in_forward(step), *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
+        return checkpoint(_as_in_forward(self, step), *args, use_reentrant=False, preserve_rng_state=True, **kwargs)
 
     def _tokens(self, name: str, clips: Tensor) -> Tokens:
         stream = self.streams[name]
@@ -288,14 +288,14 @@ def _recompute(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any
     extra: dict[str, Any] = {}
     if any(isinstance(m, _BatchNorm) for m in block.modules()):
         extra["context_fn"] = lambda: (nullcontext(), _statistics_kept(block))
-    return checkpoint(_as_in_forward(forward), *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+    return checkpoint(_as_in_forward(block, forward), *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
 
 
-def _as_in_forward(forward: Any) -> Any:
+def _as_in_forward(block: nn.Module, forward: Any) -> Any:
     """The forward of a block in the arithmetic of the recogniser's forward, also when backward computes it again."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with bfloat16_arithmetic(torch.empty(0, device=_device(args))):
+        with bfloat16_arithmetic(torch.empty(0, device=_device(args)), block):
             return forward(*args, **kwargs)
 
     return run
