@@ -45,9 +45,9 @@ RETRIES = 5
 """Of a reading task whose storage fails for longer than `ClipReader` tries; one whose process is killed is started again by Ray."""
 PAUSE_SECONDS = 0.05
 """How long Ray Data's control loop rests when it can do nothing until the worker takes a block."""
-WAITING_BLOCKS, REST_SECONDS = 4, 0.02
-"""With so many blocks waiting for the worker, how long the loop rests in each turn: a task that has given a block of which Ray Data has not
-fetched the facts yet, in another thread, is not waited for, and the loop would turn a thousand times a second."""
+REST_SECONDS = 0.02
+"""With a block waiting for the worker, how long the loop rests in each turn: a task that has given a block of which Ray Data has not fetched
+the facts yet, in another thread, is not waited for, and the loop would turn a thousand times a second."""
 PARTS_PER_TASK = 4
 """Most parts that one task reads. With one part of 8 clips in each, 2 cores idled for 19 % of their time between tasks (tests/bench)."""
 TASKS_PER_CPU = 4
@@ -95,7 +95,7 @@ class Share(BackpressurePolicy):
             busy = self._resource_manager.max_task_output_bytes_to_read(op) != 0
         if not busy:
             time.sleep(PAUSE_SECONDS)
-        elif waiting >= WAITING_BLOCKS:
+        elif waiting:
             time.sleep(REST_SECONDS)
 
 
