@@ -22,7 +22,7 @@ from pyarrow import fs as pafs
 
 from vidfuse.config import TranscodeConfig
 from vidfuse.data import shards
-from vidfuse.data.annotations.source import Source
+from vidfuse.data.annotations.source import Source, shown
 from vidfuse.data.planning import SHARD_BYTES, Plan, ShardPlan, make_plan
 from vidfuse.data.shards import DataError, Manifest, Quarantine, ShardInfo, ShardRecord, SplitInfo
 from vidfuse.data.transcode import check_encoder
@@ -30,8 +30,6 @@ from vidfuse.on_ray import storage
 from vidfuse.on_ray.shard_writing import ROOM, ShardJob, complete_shard
 from vidfuse.on_ray.tasks import Progress, Teller, run_tasks
 
-_NAMED = 10
-"""Most files that a line names."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _SHARD_FILE = re.compile(r".+-\d{5}\.(tar|json)")
 
@@ -56,8 +54,7 @@ class Packed:
         if self.already:
             yield f"{url} was finished already with the same videos: nothing written"
         elif self.repaired:
-            more = f" and {len(self.repaired) - _NAMED} more" if len(self.repaired) > _NAMED else ""
-            yield f"repaired: {', '.join(self.repaired[:_NAMED])}{more} written again, as the manifest names them"
+            yield f"repaired: {shown(self.repaired)} written again, as the manifest names them"
         elif self.kept:
             yield f"continued: {self.kept} shards were there, {self.written} written"
         for split, info in self.manifest.splits.items():
