@@ -62,6 +62,7 @@ def test_ssv2_as_distributed(ssv2):
         "validation": [("3", 0, "pushing a cup")],
         "test": [("4", None, "")],
     }
+    assert [v.placeholders for v in (*source.splits["train"], *source.splits["test"])] == [("a cup",), ("a cup",), ()]
     assert source.splits["train"][1].path == "20bn-something-something-v2/2.mp4"
     assert source.unlisted == 1
 
@@ -98,6 +99,8 @@ def test_ssv2_faults(ssv2):
     assert "video 1: class 'Eating something' is not in the list of 2 classes" in fault(ssv2)
     write_json(labels / "train.json", [{"id": "1"}])
     assert 'video 1 has no "template"; only the test split is without labels' in fault(ssv2)
+    write_json(labels / "train.json", [{**entry(1), "placeholders": "a cup"}])
+    assert "video 1: \"placeholders\" is 'a cup'; a list of what the sentence names is needed" in fault(ssv2)
     write_json(labels / "train.json", {"id": "1"})
     assert 'a list of objects with "id" is needed' in fault(ssv2)
     (labels / "train.json").write_text('[\n {"id": "1",}\n]')

@@ -42,8 +42,8 @@ def test_counts_and_what_validation_names_alone():
     facts = object_facts(
         classes,
         {
-            "train": [(0, "holding a cup"), (0, "holding cup"), (1, "folding paper"), (1, "something else")],
-            "validation": [(0, "holding a Zebra"), (1, "folding paper"), (1, "folding zebra")],
+            "train": [(0, "holding a cup", ()), (0, "holding cup", ()), (1, "folding paper", ()), (1, "something else", ())],
+            "validation": [(0, "holding a Zebra", ()), (1, "folding paper", ()), (1, "folding zebra", ())],
         },
     )
     assert facts.objects == {"train": 2, "validation": 2}
@@ -52,8 +52,16 @@ def test_counts_and_what_validation_names_alone():
     assert (facts.templates[1].videos, facts.templates[1].others, facts.templates[1].objects) == (3, 1, 2)
 
 
+def test_annotated_objects_come_before_what_the_sentence_seems_to_name():
+    classes = ("Putting something on something", "Holding something")
+    entries = [(0, "putting a cup on a tray on the table", ["a cup on a  Tray", "the table"]), (1, "he holds it", ["Pen"])]
+    facts = object_facts(classes, {"train": entries})
+    assert facts.templates[0].common == (("cup on a tray", 1), ("table", 1))
+    assert [(each.videos, each.others) for each in facts.templates] == [(1, 0), (1, 0)]
+
+
 def test_class_names_without_placeholders_have_none():
-    assert object_facts(("Archery", "Yoga"), {"train": [(0, "Archery")]}) is None
+    assert object_facts(("Archery", "Yoga"), {"train": [(0, "Archery", ())]}) is None
 
 
 def test_every_template_of_the_real_list_has_a_placeholder_and_takes_its_own_words():

@@ -81,7 +81,8 @@ def test_the_set_holds_every_video_as_it_was(packed, folder):
     assert {split: info.samples for split, info in manifest.splits.items()} == {"train": 24, "validation": 7, "test": 3}
     assert manifest.classes == ("Pushing something left", "Pushing something right", "Lifting something")
     fs, root = storage.open_storage(packed)
-    source = read_layout(folder)
+    source, found = read_layout(folder), metas(packed)
+    assert any(len(video.placeholders) > 0 for video in source.splits["train"])
     for split, videos in source.splits.items():
         index = shards.read_index(fs, root, split, manifest=manifest)
         by_key = {video.key: video for video in videos}
@@ -92,6 +93,7 @@ def test_the_set_holds_every_video_as_it_was(packed, folder):
             assert video == (folder / by_key[key].path).read_bytes()
             assert index.label[row] == (-1 if by_key[key].label is None else by_key[key].label)
             assert (index.width[row], index.height[row]) == (128, 96)
+            assert (found[key][1].text, found[key][1].placeholders) == (by_key[key].text, by_key[key].placeholders)
     assert check(packed, "frames") == []
 
 

@@ -28,10 +28,10 @@ from vidfuse.data.shards import DataError, Recipe
 SHARD_BYTES = int(PackConfig().shard_bytes)
 """Default bound of a shard, bytes."""
 LEAST_SHARD_BYTES = 64_000
-_VERSION = 2
+_VERSION = 3
 """Of the packing: changed when the same source would give other bytes."""
 _MEMBER_OVERHEAD = 3 * 1024
-"""Most bytes that two tar headers, padding and the meta member add to a video (its text is counted besides)."""
+"""Most bytes that two tar headers, padding and the meta member add to a video (its text and placeholders are counted besides)."""
 _END_OVERHEAD = 10 * 1024
 _STATS_AT_ONCE = 16
 """Files whose sizes are asked for at the same time: on network storage each answer is waited for."""
@@ -159,7 +159,11 @@ def _cut(videos: Iterable[PlannedVideo], shard_bytes: int) -> Iterator[list[Plan
     group: list[PlannedVideo] = []
     total = _END_OVERHEAD
     for video in videos:
-        size = video.bytes + _MEMBER_OVERHEAD + 2 * len(video.video.text.encode())
+        size = (
+            video.bytes
+            + _MEMBER_OVERHEAD
+            + sum(2 * len(text.encode()) + 3 for text in (video.video.text, *video.video.placeholders))
+        )
         if group and total + size > shard_bytes:
             yield group
             group, total = [], _END_OVERHEAD

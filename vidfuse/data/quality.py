@@ -23,7 +23,7 @@ from vidfuse.data.opencv import cv2
 from vidfuse.data.sampling import frame_numbers
 from vidfuse.data.shards import DataError, SampleMeta
 
-VERSION = 1
+VERSION = 2
 """Of the measuring: changed when the same video would give another row."""
 LEAST_FRAMES, MOST_FRAMES = 2, 64
 """Bounds of the frames that are looked at."""
@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("label", pa.int32()),  # -1: none
         ("text", pa.string()),
+        ("placeholders", pa.list_(pa.string())),  # what the text puts into its template, where annotated
         ("sha256", pa.string()),
         ("error", pa.string()),  # why it does not decode; empty: it does
         ("bytes", pa.int64()),
@@ -89,7 +90,13 @@ def measure(shard: str, meta: SampleMeta, video: bytes, frames: int) -> Row:
         video: Its bytes.
         frames: How many frames to look at.
     """
-    row = {**unread(shard, meta.key, meta.label, ""), "text": meta.text, "sha256": meta.sha256, "bytes": len(video)}
+    row = {
+        **unread(shard, meta.key, meta.label, ""),
+        "text": meta.text,
+        "placeholders": list(meta.placeholders),
+        "sha256": meta.sha256,
+        "bytes": len(video),
+    }
     row |= {"duration": meta.duration, "fps": meta.fps, "width": meta.width, "height": meta.height}
     try:
         wanted = frame_numbers(max(meta.frames, 1), frames, sampling="uniform")
@@ -118,7 +125,15 @@ def measure(shard: str, meta: SampleMeta, video: bytes, frames: int) -> Row:
 
 def unread(shard: str, key: str, label: int | None, error: str) -> Row:
     """The row of a video of which nothing more is known."""
-    return {"shard": shard, "key": key, "label": -1 if label is None else label, "text": "", "sha256": "", "error": error}
+    return {
+        "shard": shard,
+        "key": key,
+        "label": -1 if label is None else label,
+        "text": "",
+        "placeholders": [],
+        "sha256": "",
+        "error": error,
+    }
 
 
 def table(rows: Sequence[Row]) -> pa.Table:

@@ -63,6 +63,8 @@ class SampleMeta(Frozen):
     """Class; `None` where the split has no labels."""
     text: str
     """Its description as annotated (SSv2: the sentence; else: the class name)."""
+    placeholders: tuple[str, ...] = ()
+    """SSv2: what the sentence puts into its template, as annotated."""
     duration: float
     """Seconds."""
     frames: int

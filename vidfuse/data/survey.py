@@ -174,7 +174,9 @@ def survey(
         [name for name, n in zip(manifest.classes, train.videos, strict=True) if n < config.min_class_samples] if train else []
     )
     sentences = {
-        split: [(label, text) for label, text in zip(c["label"].tolist(), c["text"], strict=True) if label >= 0 and text]
+        split: [
+            entry for entry in zip(c["label"].tolist(), c["text"], c["placeholders"], strict=True) if entry[0] >= 0 and entry[1]
+        ]
         for split, c in columns.items()
     }
     found = Survey(

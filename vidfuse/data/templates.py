@@ -1,7 +1,8 @@
 """What the sentences of Something-Something-V2 put into their templates.
 
-Comes in: class names (templates without brackets, as `labels.json` has them) and sentences. Goes out: the objects, by template.
-A sentence is its template in lower case with each placeholder replaced (Goyal et al. 2017, arXiv:1706.04261).
+Comes in: class names (templates without brackets, as `labels.json` has them), sentences and, where they are annotated, their
+`placeholders`. Goes out: the objects, by template. A sentence is its template in lower case with each placeholder replaced (Goyal et al.
+2017, arXiv:1706.04261); objects that are not annotated are told from it.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class TemplateFacts(Frozen):
     name: str
     placeholders: int
     videos: int
-    """Sentences that follow it."""
+    """Those whose objects are annotated, or whose sentence follows the template."""
     others: int
-    """Sentences that do not: of these no object is known."""
+    """The rest: of these no object is known."""
     objects: int
     """Different ones."""
     common: tuple[tuple[str, int], ...]
@@ -72,18 +73,18 @@ def placeholders(template: str) -> int:
 
 def objects_of(template: str, sentence: str) -> tuple[str, ...] | None:
     """What a sentence puts into its template, in lower case without articles; `None`: it does not follow the template."""
-    found = _pattern(template).fullmatch(" ".join(sentence.lower().split()))
-    return (
-        tuple(_ARTICLE.sub("", name, count=1) if _ARTICLE.match(name) else name for name in found.groups()) if found else None
-    )
+    found = _pattern(template).fullmatch(_plain(sentence))
+    return tuple(map(_without_article, found.groups())) if found else None
 
 
-def object_facts(classes: Sequence[str], sentences: Mapping[str, Sequence[tuple[int, str]]]) -> ObjectFacts | None:
+def object_facts(
+    classes: Sequence[str], sentences: Mapping[str, Sequence[tuple[int, str, Sequence[str]]]]
+) -> ObjectFacts | None:
     """Count objects.
 
     Args:
         classes: Names, in the order of their numbers.
-        sentences: (label, sentence) of each labelled video, by split.
+        sentences: (label, sentence, annotated placeholders) of each labelled video, by split.
 
     Returns:
         `None`: no class has a placeholder.
@@ -95,10 +96,10 @@ def object_facts(classes: Sequence[str], sentences: Mapping[str, Sequence[tuple[
     by_split = {split: Counter[str]() for split in sentences}
     followed, others = Counter[int](), Counter[int]()
     for split, entries in sentences.items():
-        for label, sentence in entries:
+        for label, sentence, annotated in entries:
             if label not in wanted:
                 continue
-            named = objects_of(wanted[label], sentence)
+            named = tuple(_without_article(_plain(name)) for name in annotated) or objects_of(wanted[label], sentence)
             (others if named is None else followed)[label] += 1
             by_class[label].update(named or ())
             by_split[split].update(named or ())
@@ -122,13 +123,21 @@ def object_facts(classes: Sequence[str], sentences: Mapping[str, Sequence[tuple[
     )
 
 
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _without_article(name: str) -> str:
+    return _ARTICLE.sub("", name, count=1) if _ARTICLE.match(name) else name
+
+
 def _ranked(count: Counter[str]) -> list[tuple[str, int]]:
     return sorted(count.items(), key=lambda item: (-item[1], item[0]))
 
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    parts = _PLACEHOLDER.split(" ".join(template.lower().split()))
+    parts = _PLACEHOLDER.split(_plain(template))
     fixed, replaced = map(re.escape, parts[::2]), parts[1::2]
     return re.compile(
         next(fixed)

@@ -223,6 +223,7 @@ def _describe(video: SourceVideo, info: VideoInfo, content: bytes, source: bytes
         key=video.key,
         label=video.label,
         text=video.text,
+        placeholders=video.placeholders,
         duration=round(info.duration, 6),
         frames=info.frames,
         fps=round(info.fps, 6),

@@ -59,7 +59,7 @@ def read(folder: Path, options: LayoutConfig) -> Source:
             chosen += [(path, label, listed) for path, listed in mine if path in videos]
     keys = keys_of(dict.fromkeys(path for chosen in found.values() for path, _, _ in chosen))
     splits = {
-        split: tuple(SourceVideo(keys[path], path, label, classes[label], listed) for path, label, listed in chosen)
+        split: tuple(SourceVideo(keys[path], path, label, classes[label], listed=listed) for path, label, listed in chosen)
         for split, chosen in found.items()
     }
     return Source("hmdb51", classes, splits, len(videos - named), absent, options={"split_number": options.split_number})

@@ -118,4 +118,4 @@ def _is_replacement(path: str) -> bool:
 
 def _video(row: _Row, numbers: dict[str, int], path: str) -> SourceVideo:
     label = None if row.label is None else label_of(row.label, numbers, str(row.listed))
-    return SourceVideo(row.key, path, label, row.label or "", row.listed)
+    return SourceVideo(row.key, path, label, row.label or "", listed=row.listed)

@@ -88,7 +88,7 @@ def read(folder: Path, options: LayoutConfig) -> Source:
     keys = keys_of(dict.fromkeys(path for pairs in found.values() for _, path in pairs))
     splits = {
         split: tuple(
-            SourceVideo(keys[path], path, e.label, "" if e.label is None else classes[e.label], Listed(name, e.line))
+            SourceVideo(keys[path], path, e.label, "" if e.label is None else classes[e.label], listed=Listed(name, e.line))
             for name in (str(files[split]),)
             for e, path in pairs
         )

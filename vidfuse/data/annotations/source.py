@@ -46,6 +46,8 @@ class SourceVideo:
     """Class; `None` where the split has no labels."""
     text: str
     """SSv2: the sentence (empty without labels); else: the class name."""
+    placeholders: tuple[str, ...] = ()
+    """SSv2: what the sentence puts into its template, as annotated."""
     listed: Listed | None = field(default=None, compare=False)
     """Where annotations name it; no part of what is packed."""
 

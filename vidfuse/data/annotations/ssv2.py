@@ -82,15 +82,24 @@ def _video(listed: Listed, split: str, entry: dict[str, Any], numbers: dict[str,
     if template is None:
         if split != "test":
             raise DataError(f'{listed}: video {key} has no "template"; only the test split is without labels')
-        return SourceVideo(key, path, None, "", listed)
+        return SourceVideo(key, path, None, "", listed=listed)
     name = _plain(str(template))
     return SourceVideo(
         key,
         path,
         label_of(name, numbers, f"{listed}: video {key}"),
         name if (sentence := entry.get("label")) is None else str(sentence),
+        _placeholders(entry.get("placeholders"), f"{listed}: video {key}"),
         listed,
     )
+
+
+def _placeholders(names: Any, where: str) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f'{where}: "placeholders" is {names!r}; a list of what the sentence names is needed, or no such entry')
+    return tuple(names)
 
 
 def _plain(template: str) -> str:

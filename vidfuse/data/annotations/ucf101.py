@@ -93,4 +93,4 @@ def _entries(file: Path, numbers: dict[str, int]) -> Iterator[tuple[str, Listed]
 
 def _video(listed: str, key: str, numbers: dict[str, int], path: str, where: Listed) -> SourceVideo:
     name = listed.partition("/")[0]
-    return SourceVideo(key, path, numbers[name], name, where)
+    return SourceVideo(key, path, numbers[name], name, listed=where)
