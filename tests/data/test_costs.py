@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
+import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
 from vidfuse.config import DataConfig
-from vidfuse.data import ranges
+from vidfuse.data import clips, ranges
 from vidfuse.data.clips import ClipReader, Part
 
 
@@ -44,6 +48,40 @@ class Failing:
         if self.left >= 0:
             raise OSError("the connection was lost")
         return bytes(size)
+
+
+def test_rows_without_a_clip_are_black_whatever_memory_held(videos, monkeypatch):
+    root, rows = videos
+    used = SimpleNamespace(**vars(np))
+    used.empty = lambda shape, dtype: np.full(shape, 7, dtype)
+    monkeypatch.setattr(clips, "np", used)
+    clip = reader_of(root).read(Part(None, (*rows, None)))["clip"]
+    assert [bool(row.any()) for row in clip] == [True, True, False, False]
+
+
+def test_the_threads_that_fetch_are_kept_unless_a_fetch_fails(videos, monkeypatch):
+    root, rows = videos
+    reader, seen, release = reader_of(root), [], threading.Event()
+    monkeypatch.setattr(clips, "_own", threading.local())
+
+    def fetch(filesystem, path, offset, size):
+        seen.append(threading.current_thread())
+        if size == -1:
+            raise OSError("the storage is gone")
+        if size == -2:
+            release.wait(60)
+        return clips.Fetched(b"")
+
+    monkeypatch.setattr(clips, "_fetch", fetch)
+    for _ in range(3):
+        reader.read(Part(None, rows))
+    assert len(set(seen)) <= clips.FETCHES_AT_ONCE
+    with pytest.raises(OSError, match="the storage is gone"):  # at once: the second one is not waited for
+        reader.read(Part(None, (rows[0]._replace(size=-1), rows[1]._replace(size=-2))))
+    before = set(seen)
+    reader.read(Part(None, rows))
+    assert not before & set(seen[-len(rows) :])
+    release.set()
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])

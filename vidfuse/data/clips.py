@@ -11,8 +11,10 @@ Axes: R rows (videos x views), T frames, H = W = size.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +46,9 @@ COSTS = ("seconds", "bytes", "retries")
 """Columns of what a video has cost, on the first of its rows: to decode it, read of the storage, and byte ranges asked for again."""
 
 Columns = dict[str, npt.NDArray[Any]]
+
+_own = threading.local()
+"""The threads that a thread has fetched with and will again: starting eight for each part took 1 % of reading."""
 
 
 class Video(NamedTuple):
@@ -150,7 +155,7 @@ class ClipReader:
             OSError: the storage does not give the bytes, after its own retries.
         """
         views, rows, size = self.views(part.epoch), self.rows(part), self.data.size
-        clips = {"clip": np.zeros((rows, self.data.frames, size, size, 3), np.uint8)} if self.decodes else {}
+        clips = {"clip": np.empty((rows, self.data.frames, size, size, 3), np.uint8)} if self.decodes else {}
         cached = {column_of(of): np.zeros((rows, *of.row_shape), BITS[of.made.precision]) for of in self.features}
         out: Columns = {
             **clips,
@@ -172,9 +177,11 @@ class ClipReader:
         ]
         contents = self._contents([video if left else None for video, left in zip(part.videos, missing, strict=True)])
         for video, place, some, left, fetched in zip(part.videos, places, plans, missing, contents, strict=True):
-            out["sample"][place] = video.sample if video else PADDING
             if video is None:
+                if self.decodes:
+                    out["clip"][place] = 0
                 continue
+            out["sample"][place] = video.sample
             out["label"][place] = [plan.label for plan in some]
             out["retries"][place.start], began = fetched.retries, time.perf_counter()
             try:
@@ -202,8 +209,7 @@ class ClipReader:
             if video is not None
             for repeat in range(1 if part.epoch is None else views)
         ]
-        pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
-        try:
+        with _threads() as pool:
             jobs = [(row, pool.submit(of.read, draw, sample)) for row, draw, sample in wanted]
             for row, job in jobs:
                 bits, reason = job.result()
@@ -214,8 +220,6 @@ class ClipReader:
                     continue
                 out["weight"][place] = 0
                 out["error"][place] = [before or reason for before in out["error"][place]]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _cache(self, epoch: int | None) -> FrameCache | None:
         """Where clips are kept that come again: those of finite `data.views`, and of testing."""
@@ -245,13 +249,10 @@ class ClipReader:
     def _contents(self, videos: Sequence[Video | None]) -> Iterator[Fetched]:
         """The bytes of each video; empty for `None`."""
         state = pickle.dumps(self.filesystem)
-        pool = ThreadPoolExecutor(FETCHES_AT_ONCE)
-        try:
+        with _threads() as pool:
             jobs = [pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None for v in videos]
             for job in jobs:
                 yield job.result() if job else Fetched(b"")
-        finally:  # where one fails, the others' tries of the same storage are not waited for
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def decode(self, content: bytes, plans: Sequence[View], out: Clip) -> None:
         """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""
@@ -294,6 +295,18 @@ class ClipReader:
         box = random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=flip, rng=crops)
         label = image if box.mirrored else video.label
         return View(numbers, box, label, augment.draw(data.augment, data.size, changes))
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that ask the storage; where one fails, the others' tries are not waited for."""
+    pool = _own.__dict__.pop("pool", None) or ThreadPoolExecutor(FETCHES_AT_ONCE, "vidfuse-fetch")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    _own.pool = pool
 
 
 def _decode(content: bytes, plans: Sequence[View], out: Sequence[Clip] | Clip, data: DataConfig) -> None:
