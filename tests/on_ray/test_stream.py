@@ -25,6 +25,7 @@ from vidfuse.data.layouts import read_layout
 from vidfuse.data.relay import relay
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import read_index, read_manifest
+from vidfuse.on_ray import stream as stream_module
 from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import open_storage
@@ -320,6 +321,20 @@ def test_a_stream_has_its_share_of_the_cpus_though_another_asked_for_all(packed,
     finally:
         ray.get(other.cancel_request.remote("busy"))
     assert max(call.args[1] for call in board.set.call_args_list if call.args[0] == "reading_tasks") == tasks
+
+
+@pytest.mark.parametrize(
+    ("tasks", "waiting", "seconds"), [(2, 0, 0.0), (2, 1, 0.01), (2, 5, 0.05), (2, 400, 0.2), (0, 0, 0.05), (0, 400, 0.2)]
+)
+def test_the_control_loop_rests_the_longer_the_more_blocks_wait(monkeypatch, tasks, waiting, seconds):
+    rests = []
+    monkeypatch.setattr(stream_module.time, "sleep", rests.append)
+    policy, op = object.__new__(stream_module.Share), Mock()
+    op.num_active_tasks.return_value = tasks
+    policy._topology = {op: Mock(**{"total_enqueued_output_blocks.return_value": waiting})}
+    policy._data_context, policy._resource_manager = Mock(), Mock(**{"max_task_output_bytes_to_read.return_value": None})
+    policy.max_task_output_bytes_to_read(op)
+    assert rests == pytest.approx([seconds])
 
 
 def test_a_full_buffer_costs_the_worker_no_time(packed):
