@@ -99,7 +99,11 @@ def make_ssv2(folder: Path, counts: Mapping[str, int], *, seed: int = 0, frames:
             template = CLASSES[number % len(CLASSES)]
             entry = {"id": str(1000 + number)}
             if split != "test":
-                entry |= {"label": template.replace("[something]", "a cup").lower(), "template": template}
+                entry |= {
+                    "label": template.replace("[something]", "a cup").lower(),
+                    "template": template,
+                    "placeholders": ["a cup"],
+                }
             entries.append(entry)
         write_json(folder / f"labels/{split}.json", entries)
     return folder

@@ -69,6 +69,7 @@ def plant(folder: Path) -> Path:
                     **entries[0],
                     "id": key,
                     "label": entries[0]["label"].replace("a cup", "a zebra" if split == "validation" else "a cup"),
+                    "placeholders": ["a zebra" if split == "validation" else "a cup"],
                 }
             )
         write_json(folder / f"labels/{split}.json", poor(entries) if split == "train" else entries)
