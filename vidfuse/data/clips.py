@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pickle
 import threading
 import time
@@ -49,6 +50,7 @@ Columns = dict[str, npt.NDArray[Any]]
 
 _own = threading.local()
 """The threads that a thread has fetched with and will again: starting eight for each part took 1 % of reading."""
+os.register_at_fork(after_in_child=lambda: _own.__dict__.clear())  # a process that is forked off has no threads
 
 
 class Video(NamedTuple):
