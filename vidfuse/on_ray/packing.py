@@ -206,8 +206,8 @@ def _manifest(fs: Any, root: str, plan: Plan) -> Manifest | None:
     if manifest.plan != plan.digest:
         raise DataError(
             f"{root} holds another packed set ({manifest.dataset}, version {manifest.version},"
-            f" {sum(s.samples for s in manifest.splits.values())} samples), of another source or other options; a packed set is never"
-            f" changed: give another URL, or remove that set first"
+            f" {sum(s.samples for s in manifest.splits.values())} samples), of another source or other options, or packed by another"
+            f" version of vidfuse; a packed set is never changed: give another URL, or remove that set first"
         )
     return manifest
 
