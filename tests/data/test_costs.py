@@ -6,8 +6,11 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+import torch
+from ray.data.extensions import ArrowTensorArray
 
 from vidfuse.config import DataConfig
 from vidfuse.data import clips, ranges
@@ -55,8 +58,41 @@ def test_rows_without_a_clip_are_black_whatever_memory_held(videos, monkeypatch)
     used = SimpleNamespace(**vars(np))
     used.empty = lambda shape, dtype: np.full(shape, 7, dtype)
     monkeypatch.setattr(clips, "np", used)
+    monkeypatch.setattr(clips, "_own", threading.local())
     clip = reader_of(root).read(Part(None, (*rows, None)))["clip"]
     assert [bool(row.any()) for row in clip] == [True, True, False, False]
+
+
+HOLDERS = {
+    "a part of it": lambda clip: clip[1:, 0],
+    "torch": torch.from_numpy,
+    "Arrow": lambda clip: pa.table({"clip": ArrowTensorArray.from_numpy(clip)}).slice(1),
+    "a view as bytes": lambda clip: memoryview(clip).cast("B"),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_memory_of_clips_is_used_again_once_nobody_has_any_of_it(videos, monkeypatch, holder):
+    root, rows = videos
+    reader, part = reader_of(root), Part(None, rows[:2])
+    monkeypatch.setattr(clips, "_own", threading.local())
+    clip = reader.read(part)["clip"]
+    place, pixels, held = clip.ctypes.data, clip.copy(), HOLDERS[holder](clip)
+    del clip
+    other = reader.read(Part(None, rows[1::-1]))["clip"]
+    assert other.ctypes.data != place and not np.array_equal(other, pixels)
+    del held
+    again = reader.read(part)["clip"]
+    assert again.ctypes.data == place and np.array_equal(again, pixels)
+    del again
+    assert reader.read(Part(None, rows[:1]))["clip"].shape[0] == 1  # of another size: new
+
+
+def test_no_more_memory_is_kept_than_is_used_at_a_time(monkeypatch):
+    monkeypatch.setattr(clips, "_own", threading.local())
+    many = [clips._memory((3, 5)) for _ in range(10)]
+    many.clear()
+    assert len(clips._own.memory) == clips.KEPT_CLIPS
 
 
 def test_the_threads_that_fetch_are_kept_unless_a_fetch_fails(videos, monkeypatch):

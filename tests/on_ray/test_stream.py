@@ -223,26 +223,31 @@ def test_a_task_that_fails_at_a_later_part_gives_each_block_once_and_says_so(pac
     assert blocks == [[0, 1], [2, 3], [4, 5]] and failed == [0, 1, 0]
 
 
-def test_tasks_are_long_where_a_stream_and_its_buffer_are(packed, monkeypatch):
-    """Two CPUs run four tasks; the first of a stream are short, and a short stream or a buffer for few blocks shortens the others."""
-    sizes: list[int] = []
+def test_tasks_and_blocks_are_long_where_a_stream_and_its_buffer_are(packed, monkeypatch):
+    """Two CPUs run four tasks; the first of a stream are short, and a short stream or a buffer for few blocks shortens the others.
+
+    A block has several parts, of one epoch, under the same conditions.
+    """
+    sizes: list[list[int]] = []
     tasks = ClipDatasource._tasks
 
     def seen(self):
         some = list(tasks(self))
-        sizes[:] = [len(parts) for parts in some]
+        sizes[:] = [[len(part.videos) for part, _ in numbered] for numbered in some]
         return iter(some)
 
     monkeypatch.setattr(ClipDatasource, "_tasks", seen)
-    samples = np.concatenate([np.arange(TRAIN)] * 3)[:84]
-    for buffer_bytes, count, expected in (
-        (4 * 2**20, 84, [1] * 4 + [4] * 20),
-        (4 * 2**20, 36, [1] * 4 + [2] * 16),
-        (2**18, 36, [1] * 36),
+    samples = np.concatenate([np.arange(TRAIN)] * 12)
+    for buffer_bytes, first, second, expected in (
+        (4 * 2**20, 340, 0, [[5]] * 4 + [[5] * 4] * 16),
+        (4 * 2**20, 171, 169, [[5]] * 4 + [[5] * 4] * 7 + [[5] * 2 + [1]] + [[5] * 4] * 8 + [[5, 4]]),
+        (4 * 2**20, 36, 0, [[2]] * 18),
+        (2**18, 36, 0, [[1]] * 36),
     ):
         data = feed_of(packed, 1, 0, buffer_bytes=buffer_bytes).config.data
         reader = ClipReader(packed.filesystem, packed.root, data, 0)
-        parts = list(parts_of(packed.indices["train"], samples[:count], 1, epoch=0))
+        index, count = packed.indices["train"], first + second
+        parts = [*parts_of(index, samples[:first], 1, epoch=0), *parts_of(index, samples[first:count], 1, epoch=1)]
         got = [columns["sample"] for columns in pull_through_ray(data, workers=1)(reader, parts, 1)]
         assert np.concatenate(got).tolist() == samples[:count].tolist() and sizes == expected
 
@@ -255,25 +260,31 @@ def plasma_mib() -> float:
     return float(found[1])
 
 
-@pytest.mark.parametrize("parts_at_once", [1000, 30])
-def test_memory_is_bounded_with_four_times_as_much_data(packed, monkeypatch, parts_at_once):
+@pytest.mark.parametrize(("buffer", "parts_at_once", "seconds"), [(32, 1000, 0.05), (32, 30, 0.05), (200, 160, 0.02)])
+def test_memory_is_bounded_with_four_times_as_much_data(packed, monkeypatch, buffer, parts_at_once, seconds):
     """A slow worker: what waits in the object store stays within `buffer_bytes`, though four times as much is to come.
 
-    Also where streams follow each other, and two of them hold blocks for half of the time.
+    Also where streams follow each other, and two of them hold blocks for half of the time, and where blocks are of several parts.
     """
     for name in ("FIRST_PARTS", "PARTS_AT_ONCE"):
         monkeypatch.setattr(f"vidfuse.data.relay.{name}", parts_at_once)
     data = DataConfig(
-        classes=3, frames=16, size=112, block_bytes=4 * 2**20, buffer_bytes=32 * 2**20, cpus_per_task=0.5, prefetch_batches=1
+        classes=3,
+        frames=16,
+        size=112,
+        block_bytes=4 * 2**20,
+        buffer_bytes=buffer * 2**20,
+        cpus_per_task=0.5,
+        prefetch_batches=1,
     )
     reader = ClipReader(packed.filesystem, packed.root, data, seed=0)
-    samples = np.concatenate([np.arange(TRAIN)] * 8)
+    samples = np.concatenate([np.arange(TRAIN)] * (1 + 4 * data.buffer_bytes // (TRAIN * reader.row_bytes)))
     parts = list(parts_of(packed.indices["train"], samples, 2, epoch=0))
     assert sum(len(p.videos) for p in parts) * reader.row_bytes > 4 * data.buffer_bytes
     before, most, rows = plasma_mib(), 0.0, 0
     for columns in relay(pull_through_ray(data, workers=1), reader, iter(parts), 2):
         rows += len(columns["sample"])
-        time.sleep(0.05)
+        time.sleep(seconds)
         most = max(most, plasma_mib() - before)
     print(f"most held: {most} of {data.buffer_bytes / 2**20} MiB")
     assert rows == len(samples)
@@ -331,7 +342,7 @@ def test_the_control_loop_rests_the_longer_the_more_blocks_wait(monkeypatch, tas
     monkeypatch.setattr(stream_module.time, "sleep", rests.append)
     policy, op = object.__new__(stream_module.Share), Mock()
     op.num_active_tasks.return_value = tasks
-    policy._topology = {op: Mock(**{"total_enqueued_output_blocks.return_value": waiting})}
+    policy._topology = {op: Mock(**{"output_queue.num_blocks": waiting, "total_enqueued_output_blocks.return_value": 400})}
     policy._data_context, policy._resource_manager = Mock(), Mock(**{"max_task_output_bytes_to_read.return_value": None})
     policy.max_task_output_bytes_to_read(op)
     assert rests == pytest.approx([seconds])

@@ -8,19 +8,20 @@ Ray Data looks for tasks that have ended only every 0.1 s, in which CPUs idle. I
 with a CPU in its hands would keep it from the worker for whom all others wait.
 
 Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store: each has its
-share, of which Ray Data is told to fill a quarter with blocks that are made or wait; the rest is for what Ray overshoots (its bound is a
-soft one) and for the blocks that the worker is looking at. `tests/on_ray/test_stream.py` holds it.
+share, of which Ray Data is told to fill a third with blocks that are made or wait; the rest is for what Ray overshoots (its bound is a
+soft one), for the blocks that the worker is looking at, and for the next stream, which starts before this one is used up. `tests/on_ray/test_stream.py` holds it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, repeat, zip_longest
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, repeat, zip_longest
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,9 @@ LONGEST_REST_SECONDS = 0.2
 """Of a turn, however many blocks wait. One takes 3 ms of the training worker's interpreter."""
 PARTS_PER_TASK = 4
 """Most parts that one task reads. With one part of 8 clips in each, 2 cores idled for 19 % of their time between tasks (tests/bench)."""
+ROWS_PER_BLOCK = 16
+"""Fewest rows of a block, where the stream and its buffer have room: what each block costs beside its rows, in the worker and in Ray's own
+processes, was 7.4 % of 2 cores' time with blocks of 8 clips, 5.6 % with 16 (tests/bench)."""
 TASKS_PER_CPU = 4
 """Tasks in a stream, at least, for each that can run at a time: so that the last ones do not keep a worker waiting."""
 STATISTICS_SECONDS = 60.0
@@ -87,10 +91,13 @@ class Share(BackpressurePolicy):
         self._resource_manager._get_total_resources = lambda: _share(workers)
 
     def max_task_output_bytes_to_read(self, op: Any) -> None:
-        """Called in every turn, for every operator, before the wait for tasks."""
+        """Called in every turn, for every operator, before the wait for tasks.
+
+        A block that comes after one that is still being read does not wait for the worker, but the worker for it.
+        """
         waiting = 0
         if op is next(reversed(self._topology)):
-            waiting = self._topology[op].total_enqueued_output_blocks()
+            waiting = self._topology[op].output_queue.num_blocks
             board = _boards.get(self._data_context.get_config(QUEUE, ""))
             if board is not None:
                 board.set("queue_blocks", waiting)
@@ -167,8 +174,10 @@ def pull_through_ray(
         if not parts:
             return
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        block, name = max(reader.rows(part) for part in parts) * reader.row_bytes, uuid.uuid4().hex
-        at_once, running = tasks_at_once(data, workers, block), _running(data, workers)
+        name, running = uuid.uuid4().hex, _running(data, workers)
+        parts = _joined(reader, parts, tasks_at_once(data, workers, _block(reader, parts)), running)
+        block = _block(reader, parts)
+        at_once = tasks_at_once(data, workers, block)
         size = max(min(PARTS_PER_TASK, at_once // running, len(parts) // (TASKS_PER_CPU * running)), 1)
         dataset = ray.data.read_datasource(
             ClipDatasource(reader, parts, size=size, short=running),
@@ -188,7 +197,7 @@ def pull_through_ray(
         context.set_config(QUEUE, name)
         context.set_config(WORKERS, workers)
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 5, 2 * block))
+        context.execution_options.resource_limits = ExecutionResources(object_store_memory=max(share // 3, 2 * block))
         if board is not None:
             _boards[name] = board
         try:
@@ -201,6 +210,22 @@ def pull_through_ray(
             _boards.pop(name, None)
 
     return pull
+
+
+def _block(reader: ClipReader, parts: Sequence[Part]) -> int:
+    """Bytes of the largest block."""
+    return max(reader.rows(part) for part in parts) * reader.row_bytes
+
+
+def _joined(reader: ClipReader, parts: Sequence[Part], at_once: int, running: int) -> Sequence[Part]:
+    """Parts of `ROWS_PER_BLOCK` rows, or as many as leave `TASKS_PER_CPU` tasks and room for as many blocks for each that runs."""
+    wanted = math.ceil(ROWS_PER_BLOCK / max(reader.rows(part) for part in parts))
+    many = min(wanted, min(at_once, len(parts)) // (TASKS_PER_CPU * running))
+    if many < 2:
+        return parts
+    epochs = (list(some) for _, some in groupby(parts, key=lambda part: part.epoch))
+    together = (some[start : start + many] for some in epochs for start in range(0, len(some), many))
+    return [replace(first, videos=sum((part.videos for part in rest), first.videos)) for first, *rest in together]
 
 
 def _share(workers: int) -> ExecutionResources:
