@@ -8,8 +8,9 @@ Ray Data looks for tasks that have ended only every 0.1 s, in which CPUs idle. I
 with a CPU in its hands would keep it from the worker for whom all others wait.
 
 Memory: the streams of all workers together hold at most `data.buffer_bytes` of decoded clips in the object store: each has its
-share, of which Ray Data is told to fill a third with blocks that are made or wait; the rest is for what Ray overshoots (its bound is a
-soft one), for the blocks that the worker is looking at, and for the next stream, which starts before this one is used up. `tests/on_ray/test_stream.py` holds it.
+share, of which Ray Data is told to fill a third with blocks that are made or wait. The rest is for what Ray overshoots (its bound is a
+soft one), for the blocks that the worker is looking at, and for the next stream, which starts before this one is used up.
+`tests/on_ray/test_stream.py` holds it.
 """
 
 from __future__ import annotations
