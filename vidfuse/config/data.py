@@ -72,7 +72,8 @@ class DataConfig(Section):
     frame_cache_bytes: int = Field(64 * 1024**3, ge=1)
     """Most that is kept on a machine, in bytes; the least recently used clips go. 6 % of the disk are left free in any case."""
     block_bytes: int = Field(16 * 1024**2, ge=1)
-    """Decoded clips of a block, in bytes; at least one micro batch. A Ray Data task reads and gives one to four blocks."""
+    """Decoded clips of a block, in bytes; at least one micro batch, and 16 clips where `buffer_bytes` has room. A Ray Data task reads and
+    gives one to four blocks."""
     cpus_per_task: float = Field(0.5, gt=0)
     """CPUs that one reading task asks of Ray."""
     buffer_bytes: int = Field(4 * 1024**3, ge=1)
