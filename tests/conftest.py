@@ -75,7 +75,7 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def full_for_a_while(ray_cluster, monkeypatch, caplog):
-    """Both CPUs of the cluster are reserved for 6 s; gives the lines that who waits meanwhile has logged."""
+    """Both CPUs of the cluster are reserved for 12 s, of which a start may take most; gives the lines that who waits meanwhile has logged."""
     import ray
 
     from vidfuse.on_ray import waiting
@@ -84,7 +84,7 @@ def full_for_a_while(ray_cluster, monkeypatch, caplog):
     monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.5)
     group = ray.util.placement_group([{"CPU": 2}])
     ray.get(group.ready())
-    released = threading.Timer(6.0, ray.util.remove_placement_group, [group])
+    released = threading.Timer(12.0, ray.util.remove_placement_group, [group])
     released.start()
     with caplog.at_level(logging.WARNING, logger="vidfuse"):
         yield lambda: [record.getMessage() for record in caplog.records if " room" in record.getMessage()]
