@@ -25,7 +25,7 @@ from vidfuse.config import Config, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.on_ray import fit
 from vidfuse.on_ray.judge import judge, publish
-from vidfuse.on_ray.packing import pack, prepare
+from vidfuse.on_ray.packing import OtherSetError, Packed, pack, prepare
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.train.errors import RunError
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.start_ray()
         wait_for_videos()
         cli.say("packing them to S3")
-        packed = pack(prepare(read_layout(folder / "videos", "ssv2"), folder / "videos", f"s3://{BUCKET}/packed"))
+        packed = pack_videos(folder, f"s3://{BUCKET}/packed")
         cli.say(f"{sum(split.samples for split in packed.manifest.splits.values())} samples in shards")
         figures = train(presets.demo())
         single = train(presets.demo_single_frame())
@@ -73,6 +73,16 @@ def rendering(folder: Path) -> Iterator[Callable[[], None]]:
     finally:
         process.send_signal(signal.SIGINT)  # so that it ends its own processes
         process.wait()
+
+
+def pack_videos(folder: Path, url: str) -> Packed:
+    """Pack what was rendered."""
+    try:
+        return pack(prepare(read_layout(folder / "videos", "ssv2"), folder / "videos", url))
+    except OtherSetError as error:
+        raise OtherSetError(
+            f"{folder} holds the demo of another version of vidfuse ({error}): remove the folder, or give another one with --folder"
+        ) from None
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -34,6 +34,10 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _SHARD_FILE = re.compile(r".+-\d{5}\.(tar|json)")
 
 
+class OtherSetError(DataError):
+    """The place holds a packed set of another source, of other options or of another version's packing."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """What packing did."""
@@ -98,7 +102,8 @@ def prepare(
         transcode: Form that videos are brought into; `None`: they stay as they are.
 
     Raises:
-        DataError: too small a bound, a missing file, no encoder, no room, or a place that holds another set or a damaged record.
+        DataError: too small a bound, a missing file, no encoder, no room, or a place that holds a damaged record.
+        OtherSetError: a place that holds another set.
         StorageError: a place that cannot be written.
     """
     fs, root = storage.open_storage(url)
@@ -204,7 +209,7 @@ def _manifest(fs: Any, root: str, plan: Plan) -> Manifest | None:
         return None
     manifest = shards.read_manifest(fs, root)
     if manifest.plan != plan.digest:
-        raise DataError(
+        raise OtherSetError(
             f"{root} holds another packed set ({manifest.dataset}, version {manifest.version},"
             f" {sum(s.samples for s in manifest.splits.values())} samples), of another source or other options, or packed by another"
             f" version of vidfuse; a packed set is never changed: give another URL, or remove that set first"
@@ -222,7 +227,7 @@ def _check_names(root: str, plan: Plan, found: Iterable[str]) -> None:
     names = _names(plan)
     for name in found:
         if _SHARD_FILE.fullmatch(name) and name not in names:
-            raise DataError(f"{root} holds {name}, part of another packed set; give another URL, or remove that set first")
+            raise OtherSetError(f"{root} holds {name}, part of another packed set; give another URL, or remove that set first")
 
 
 def _records(fs: Any, root: str, plan: Plan, found: Mapping[str, int], manifest: Manifest | None) -> dict[str, ShardRecord]:
