@@ -13,9 +13,10 @@ import contextlib
 import math
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ class Feed:
     def _reader(self, split: str, clips: int = 1, crops: int = 1, flip: bool = False, *, cached: bool = True) -> ClipReader:
         """The reader of a split; tokens come from its caches if it has any and these clips are in them."""
         packed, config = self.packed, self.config
-        mirrored = mirrored_classes(packed.manifest.classes)
+        mirrored = mirrored_classes(packed.manifest.classes, config.data.flip)
         caches = packed.features.get(split, {}) if cached else {}
         streams = [name for name in ("semantic", "motion") if getattr(config.model, name) is not None]
         return ClipReader(
@@ -167,19 +168,30 @@ class Feed:
 def read_here(reader: ClipReader, parts: Sequence[Part], rows: int, *, threads: int = 2) -> Iterator[Columns]:
     """`Pull` without Ray: threads of this process read ahead (the decoder releases the interpreter's lock)."""
     pool = ThreadPoolExecutor(threads)
-    try:
+
+    def blocks() -> Iterator[Columns]:
         waiting: deque[Future[Columns]] = deque()
-        left: list[Columns] = []
         for part in [*parts, *[None] * threads]:
             if part is not None:
                 waiting.append(pool.submit(reader.read, part))
             if len(waiting) > threads or (part is None and waiting):
-                left.append(waiting.popleft().result())
-                yield from _whole(left, rows)
-        if left and len(left[0]["sample"]):
-            yield _joined(left)
+                yield waiting.popleft().result()
+
+    try:
+        yield from in_rows(blocks(), rows)
     finally:  # one that is not read to its end may be let go by any thread, one of the pool's too: it waits for none
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_rows(blocks: Iterable[Columns], rows: int) -> Iterator[Columns]:
+    """The same rows, `rows` at a time; what is left in the end is less. Where blocks are of whole `rows`, nothing is copied."""
+    left: list[Columns] = []
+    for block in blocks:
+        left.append(block)
+        del block  # or it would be held while the next one is waited for
+        yield from _whole(left, rows)
+    if left and len(left[0]["sample"]):
+        yield _joined(left)
 
 
 def _whole(left: list[Columns], rows: int) -> Iterator[Columns]:
@@ -217,6 +229,11 @@ def _features(of: FeatureSet, bits: npt.NDArray[Any]) -> Features:
 
 def _tensor(values: npt.NDArray[Any]) -> Tensor:
     """A tensor over the same memory, which may be the object store's: nothing writes to a batch."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(values)
+    _let_read_only()
+    return torch.from_numpy(values)
+
+
+@cache
+def _let_read_only() -> None:
+    """Once: to set a filter for each tensor took a fifth of the time that a worker's interpreter has for its stream."""
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
