@@ -34,7 +34,7 @@ def show(config: Config) -> None:
         manifest = fit.check(config).manifest
         cli.say(f"\npacked set: {manifest.dataset}, version {manifest.version}")
         cli.say(plan.steps_line(config, manifest.splits[config.data.train_split].samples))
-        for line in flip_lines(manifest.classes) if config.data.flip else ():
+        for line in flip_lines(manifest.classes) if config.data.flip is True else ():
             cli.say(line)
     cli.say("\nmemory estimate")
     for workers in sorted({least, most}):

@@ -86,7 +86,7 @@ def test_reversal_is_refused_where_classes_are_each_others_reverse():
     published = json.loads(shared_data("labels/ssv2/augmentation_mappings.json").read_text())["reverse time"]
     for a, b in published.items():
         pair = reversed_pair((a, b))
-        assert pair is None or published[pair[0]] == pair[1]
+        assert pair is not None and published[pair[0]] == pair[1]
     with pytest.raises(ConfigError, match=r"temporal\.reverse: backwards, .* looks like .*set it to 0"):
         check_directions(list(published), reverse=True)
     with pytest.raises(ConfigError, match="backwards, 'Moving"):
@@ -99,6 +99,20 @@ def test_mirrored_views_are_refused_where_a_class_has_no_mirror_image():
     with pytest.raises(ConfigError, match=r"evaluate\.flip: .*'Waving left'.*1 such classes"):
         check_directions(("Waving left", "Waving"), flip=True)
     check_directions(TEMPLATES, flip=True)
+    check_directions(("Waving left", "Waving"), flip="keep_labels")
+
+
+def test_classes_that_are_numbers_tell_no_sides():
+    for field, flip in (("data.flip", {"train_flip": True}), ("evaluate.flip", {"flip": True})):
+        with pytest.raises(ConfigError, match=rf"^{field}: .* are numbers \('0' to '2'\).*keep_labels .*--classes FILE"):
+            check_directions(("0", "1", "2"), **flip)
+    check_directions(("0", "1", "2"), train_flip="keep_labels", flip="keep_labels")
+    check_directions(("0", "1", "2"))
+    check_directions(("0", "left"), train_flip=True)
+
+
+def test_labels_are_kept_where_that_is_asked_for():
+    assert mirrored_classes(("to the left", "to the right", "waving left"), "keep_labels").tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("classes", [("to the left", "to the right", "on"), ("to the left", "off", "on")])

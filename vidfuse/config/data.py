@@ -59,9 +59,10 @@ class DataConfig(Section):
     """Smallest and largest share of the frame's area that a training crop takes."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
     """Smallest and largest width : height of a training crop."""
-    flip: bool = False
+    flip: bool | Literal["keep_labels"] = False
     """Whether training clips are mirrored left-right, half of them. Labels that name a side or a turn follow: `from left to right`
-    becomes the class `from right to left`; a clip whose mirrored class does not exist is not mirrored."""
+    becomes the class `from right to left`; a clip whose mirrored class does not exist is not mirrored. Classes that are only numbers
+    are refused, since they tell no sides. `keep_labels`: every clip may be mirrored, and keeps its label."""
     augment: Augment = Augment()
     """What else alters training clips."""
     decoder: Literal["pyav", "decord"] = "pyav"
@@ -81,7 +82,7 @@ class DataConfig(Section):
     prefetch_batches: int = Field(2, ge=0)
     """Micro batches that a worker fetches ahead."""
     unreadable_limit: float = Field(0.05, ge=0, le=1)
-    """Share of an epoch's videos that may be unreadable before the run is stopped."""
+    """Share of an epoch's videos that may be unreadable; with more the run ends, at its next checkpoint or with the epoch."""
 
     @field_validator("features", mode="before")
     @classmethod

@@ -91,9 +91,9 @@ class EvaluateConfig(Section):
     """Temporal views of a video."""
     crops: Literal[1, 3] = 1
     """Spatial views of a clip: 1 centre, 3 along the longer side."""
-    flip: bool = False
+    flip: bool | Literal["keep_labels"] = False
     """Whether each view is scored mirrored, too; classes that name a side or a turn are swapped back. Refused where a class
-    cannot be mirrored."""
+    cannot be mirrored, or where classes are only numbers. `keep_labels`: no class is swapped."""
     mean: Literal["probabilities", "logits"] = "probabilities"
     """What is averaged over views, and over the runs of an ensemble."""
     micro_batch: int | None = Field(None, ge=1)

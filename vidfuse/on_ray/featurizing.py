@@ -151,7 +151,8 @@ def _make(config: Config, packed: PackedSet, job: Job, todo: Sequence[int]) -> I
     split = job.caches[0].recipe.split
     training = split == config.data.train_split
     data = config.data.model_copy(update={"repeats": 1})
-    reader = ClipReader(packed.filesystem, packed.root, data, config.seed, mirrored=mirrored_classes(packed.manifest.classes))
+    mirrored = mirrored_classes(packed.manifest.classes, data.flip)
+    reader = ClipReader(packed.filesystem, packed.root, data, config.seed, mirrored=mirrored)
     parts: list[Part] = []
     for number in todo:
         draw, start = divmod(number, parts_of_draw(job.samples))

@@ -116,7 +116,7 @@ def check(config: Config) -> PackedSet:
     """
     packed = open_set(config)
     _check_labels(config.data, packed)
-    check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0)
+    check_directions(packed.manifest.classes, reverse=config.data.augment.temporal.reverse > 0, train_flip=config.data.flip)
     check_storage(config.run.storage, write=True)
     tracking.check(config.tracking)
     _check_frame_cache(config.data)

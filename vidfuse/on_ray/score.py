@@ -93,12 +93,12 @@ def _score_worker(settings: dict[str, Any]) -> None:
     feed = Feed(config, packed, world, pull_through_ray(config.data, workers=world.size, board=board))
     scored = score(
         model,
-        feed.score(split, clips=view.clips, crops=view.crops, flip=view.flip, micro_batch=micro_batch),
+        feed.score(split, clips=view.clips, crops=view.crops, flip=bool(view.flip), micro_batch=micro_batch),
         packed.indices[split].label.astype(np.int64),
         classes=config.data.classes,
-        views=view.clips * view.crops * (1 + view.flip),
+        views=view.clips * view.crops * (1 + bool(view.flip)),
         device=device,
-        mirrored=mirrored_classes(packed.manifest.classes) if view.flip else None,
+        mirrored=mirrored_classes(packed.manifest.classes, view.flip) if view.flip else None,
         mean=view.mean,
     )
     if world.rank == 0:
