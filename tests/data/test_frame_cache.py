@@ -146,11 +146,18 @@ def test_a_view_that_fails_costs_the_whole_video_with_and_without_a_cache(videos
     assert len(entries(tmp_path)) == 2 and not a["weight"].any() and not a["clip"].any()
 
 
-def test_bytes_that_are_not_those_of_the_index_are_not_kept(videos, tmp_path, work):
+def test_bytes_that_are_not_those_of_the_index_are_an_error_and_not_kept(videos, tmp_path, work):
+    """They may well decode."""
     root, rows = videos
     other = rows[0]._replace(sha256=bytes(32))
-    assert reader_of(root, tmp_path, views=1).read(Part(0, (other,)))["weight"].all()
-    assert not entries(tmp_path)
+    for cache in (tmp_path, None):
+        read = reader_of(root, cache, views=1).read(Part(0, (other, rows[1])))
+        assert read["weight"].tolist() == [0, 1] and not read["clip"][0].any()
+        assert read["error"].tolist() == [
+            f"{other.shard}\t{other.key}\taltered since it was packed: its sha256 is not the index's",
+            "",
+        ]
+    assert len(entries(tmp_path)) == 1
 
 
 def test_keys_tell_apart_whatever_changes_pixels():

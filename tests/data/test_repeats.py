@@ -47,6 +47,17 @@ def test_frames_and_crops_are_both_drawn_anew():
     assert len({tuple(plan.numbers) for plan in plans}) == len({plan.box for plan in plans}) == 8
 
 
+def test_uses_of_an_epoch_are_different_views_while_there_are_some():
+    """A weighted epoch has a video several times, and each use has repeats: no view twice before all are used."""
+    reader = reader_of("", 2, views=8)
+    video = Video(0, "s", "k", 0, 0, 0, *support.VIDEO)
+    for epoch in range(4):
+        views = [reader.view(video._replace(use=use), epoch, repeat) for use in range(4) for repeat in range(2)]
+        assert sorted(views) == list(range(8))
+    once = [reader_of("", 1, views=3).view(video._replace(use=use), epoch, 0) for epoch in range(3) for use in range(2)]
+    assert once == [0, 1, 1, 2, 2, 0]
+
+
 def test_a_video_is_decoded_once(videos, monkeypatch):
     root, rows = videos
     calls, decode = [], module.decode_frames

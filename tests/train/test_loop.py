@@ -74,6 +74,11 @@ def test_too_many_unreadable_videos_end_the_run(tmp_path):
         run_with(config(), tmp_path, broken_pull(7))
 
 
+def test_too_many_end_it_at_its_next_checkpoint(tmp_path):
+    with pytest.raises(DataError, match=r"^[2-8] of 21 training videos could not be read in epoch 0"):
+        run_with(config(train__checkpoint_every_steps=1), tmp_path, broken_pull(2))
+
+
 def test_an_error_is_shard_key_and_reason():
     assert SampleError(*["a.tar", "key", "why\tand more"]) == SampleError("a.tar", "key", "why\tand more")
 

@@ -247,9 +247,15 @@ class ClipReader:
         ]
 
     def _make(self, cache: FrameCache | None, video: Video, content: bytes, missing: Missing) -> None:
-        """Decode the missing views, and keep them if the bytes are those that the index names."""
+        """Decode the missing views, and keep them.
+
+        Raises:
+            DecodeError: the bytes are not those that the index names, though they may decode, or do not decode.
+        """
+        if missing and video.sha256 and hashlib.sha256(content).digest() != video.sha256:
+            raise DecodeError("altered since it was packed: its sha256 is not the index's")
         _decode(content, [plan for plan, _ in missing], [clip for _, clip in missing], self.data)
-        if missing and cache is not None and hashlib.sha256(content).digest() == video.sha256:
+        if missing and cache is not None and video.sha256:
             for key, clip in {self._key(video, plan): clip for plan, clip in missing}.items():
                 cache.store(key, clip)
 
@@ -290,7 +296,7 @@ class ClipReader:
     def view(self, video: Video, epoch: int, repeat: int) -> int:
         """Which of a training video's `data.views` clips a use of it in an epoch is; that of number v is drawn as epoch v would."""
         assert self.data.views is not None
-        return (epoch * self.data.repeats + repeat + video.use) % self.data.views
+        return ((epoch + video.use) * self.data.repeats + repeat) % self.data.views
 
     def _drawn(self, video: Video, epoch: int, *draw: int) -> View:
         data = self.data
@@ -298,7 +304,7 @@ class ClipReader:
         how = data.augment.temporal
         numbers = frame_numbers(video.frames, data.frames, sampling=data.sampling, stride=data.stride, rng=frames, temporal=how)
         image = video.label if self.mirrored is None or video.label < 0 else int(self.mirrored[video.label])
-        flip = data.flip and image != NEVER
+        flip = bool(data.flip) and image != NEVER
         box = random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=flip, rng=crops)
         label = image if box.mirrored else video.label
         return View(numbers, box, label, augment.draw(data.augment, data.size, changes))

@@ -186,16 +186,11 @@ class Run:
                 "epoch %d is not exactly as planned: %d samples were used too rarely, %d too often; `python -m jobs.audit` names them",
                 *(self.ledger.epoch, missing, repeated),
             )
-        count, total = len(self._errors), self.feed.train_samples
-        if count > self.config.data.unreadable_limit * total:
-            raise DataError(
-                f"{count} of {total} training videos could not be read in epoch {self.ledger.epoch}, more than "
-                f"data.unreadable_limit = {self.config.data.unreadable_limit:g} allows; "
-                f"`python -m jobs.check {self.config.data.url}` names them"
-            )
-        if self.record is not None and count:
+        if self.record is not None and self._errors:
             names = sorted(f"{error.shard}/{error.key}" for error in self._errors)
-            self.record.add("event", self.state.step, what="unreadable", epoch=self.ledger.epoch, videos=count, names=names)
+            self.record.add(
+                "event", self.state.step, what="unreadable", epoch=self.ledger.epoch, videos=len(names), names=names
+            )
         self.ledger = self.ledger.next_epoch()
         self._used = 0
         self._errors = {}
@@ -376,7 +371,11 @@ class Run:
         self.worker.publish(self.record.folder)
 
     def _merge(self, *, closed: bool = False) -> None:
-        """Have every rank know what all ranks used and could not read, and the journal too."""
+        """Have every rank know what all ranks used and could not read, and the journal too.
+
+        Raises:
+            DataError: too many of the epoch's videos could not be read.
+        """
         fresh = torch.from_numpy(self.ledger.fresh).to(self.worker.device, copy=True)
         dist.all_reduce(fresh)
         uses = fresh.cpu().numpy()
@@ -387,6 +386,13 @@ class Run:
         if self.journal is not None and (closed or uses.any()):
             place = {"step": self.state.step, "epoch": self.ledger.epoch}
             self.journal.used(**place, uses=uses, errors=self._errors, closed=closed)
+        count, total = len(self._errors), self.feed.train_samples
+        if count > self.config.data.unreadable_limit * total:
+            raise DataError(
+                f"{count} of {total} training videos could not be read in epoch {self.ledger.epoch}, more than "
+                f"data.unreadable_limit = {self.config.data.unreadable_limit:g} allows; "
+                f"`python -m jobs.check {self.config.data.url}` names them"
+            )
 
     def _tell(self, result: StepResult) -> None:
         """Tell those who watch, and on rank 0 people; reading the loss waits for the device, so that the others do not."""
