@@ -21,7 +21,7 @@ import pytest
 from tests.proxy import proxy
 from tests.support import REPO, make_ssv2, make_ucf101, make_video, write_json
 from vidfuse.config import LayoutConfig, TranscodeConfig
-from vidfuse.data import shards
+from vidfuse.data import contained, shards
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray import packing, storage
@@ -119,6 +119,23 @@ def test_a_finished_set_is_left_alone(packed, folder):
     assert "nothing written" in lines[0]
     assert lines[-1] == f"version {again.manifest.version}"
     assert contents(packed) == before
+
+
+@pytest.mark.ray
+def test_copies_in_two_splits_are_told(ray_cluster, own_folder, tmp_path):
+    """They have names of their own, and are no links: nothing shows them before their bytes are read."""
+    clip = next(
+        path for path in own_folder.rglob("*.webm") if path.stem in {v.key for v in read_layout(own_folder).splits["train"]}
+    )
+    other = next(v for v in read_layout(own_folder).splits["validation"])
+    (own_folder / other.path).write_bytes(clip.read_bytes())
+    done = pack(own_folder, str(tmp_path / "set"))
+    assert done.copies == ((f"train/{clip.stem}", f"validation/{other.key}"),)
+    assert any(
+        line.startswith(f"1 videos are in two splits with the same bytes, under two names: train/{clip.stem} = ")
+        for line in done.lines("")
+    )
+    assert pack(own_folder, str(tmp_path / "set")).copies == ()
 
 
 @pytest.mark.s3
@@ -531,6 +548,26 @@ def test_a_bucket_that_is_full(s3, folder, monkeypatch, status):
             write_shard(job_of(ready), ready.plan.shards[0])
         faulty.faults.share = 0.0
         assert contents(ready.place) == {}
+
+
+def test_a_video_that_crashes_the_decoder_is_left_out_alone(folder, tmp_path, monkeypatch):
+    """The decoder's process dies while it works on one video, each time."""
+    ready = prepare(folder, str(tmp_path / "set"))
+    plan = ready.plan.shards[0]
+    bad, ask, status = plan.videos[1].video, contained._Child.ask, [signal.SIGSEGV]
+
+    def asking(child, function, arguments) -> None:
+        ask(child, function, arguments)
+        if arguments[0] == (folder / bad.path).read_bytes():
+            child.process.send_signal(status[0])
+
+    monkeypatch.setattr(contained._Child, "ask", asking)
+    record = write_shard(job_of(ready), plan)
+    assert [(video.key, video.reason) for video in record.quarantined] == [(bad.key, "the decoder crashed (signal 11)")]
+    assert [row.key for row in record.samples] == [planned.video.key for planned in plan.videos if planned.video != bad]
+    status[0] = signal.SIGKILL
+    with pytest.raises(OSError, match=r"killed \(crashed \(signal 9\)\): no memory is left there"):
+        write_shard(job_of(ready), plan)
 
 
 @pytest.mark.ray

@@ -36,6 +36,11 @@ _PR_SET_PDEATHSIG = 1
 class CrashError(Exception):
     """The process of a function died, or was silent for too long; the message says which."""
 
+    @property
+    def killed(self) -> bool:
+        """Whether something else ended it, as the kernel does where no memory is left."""
+        return f"signal {signal.SIGKILL:d}" in str(self)
+
 
 def iterate(function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float = SILENT_SECONDS) -> Iterator[Any]:
     """Yield what a function yields that runs in another process.

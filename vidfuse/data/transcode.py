@@ -23,13 +23,15 @@ import av.codec
 import av.error
 
 from vidfuse.config import TranscodeConfig
-from vidfuse.data import decode
+from vidfuse.data import contained, decode
 from vidfuse.data.decode import DecodeError, Frame, VideoInfo
 from vidfuse.data.opencv import cv2
 from vidfuse.data.shards import DataError
 
 SUFFIX = "mp4"
 """Of what is made."""
+HANG_SECONDS = 3600.0
+"""How long a video may take in a process of its own; the longest that are read take less."""
 _ENCODER = "libx264"
 _LIMITED = (0, 1)
 """FFmpeg's numbers of the colour ranges that are not full: not told, limited."""
@@ -78,6 +80,34 @@ def into_form(video: bytes, form: TranscodeConfig) -> tuple[bytes, VideoInfo]:
     found = decode.probe(made)
     _verify(info, found, rate, frames, form)
     return made, found
+
+
+def into_form_contained(video: bytes, form: TranscodeConfig | None) -> tuple[bytes, VideoInfo]:
+    """Bring a video into a form, or only decode it whole, in a process of its own: what crashes libraries there costs the video alone.
+
+    Args:
+        video: The encoded file's bytes.
+        form: What is wanted; `None`: as it is.
+
+    Returns:
+        As `into_form`.
+
+    Raises:
+        DecodeError: as `into_form`; and where the process crashes, or has not ended after `HANG_SECONDS`.
+        OSError: it was killed, as where no memory is left, or did not start: not the video's fault.
+    """
+    try:
+        [(made, info)] = contained.iterate(_into_form, video, form, seconds=HANG_SECONDS)
+    except contained.CrashError as error:
+        if error.killed:
+            raise OSError(f"the process that decodes a video was killed ({error}): no memory is left there") from None
+        raise DecodeError(f"the decoder {error}") from None
+    return video if made is None else made, info
+
+
+def _into_form(video: bytes, form: TranscodeConfig | None) -> Iterator[tuple[bytes | None, VideoInfo]]:
+    made, info = into_form(video, form) if form else (video, decode.probe(video))
+    yield None if made is video else made, info
 
 
 def in_form(video: bytes, info: VideoInfo, form: TranscodeConfig) -> bool:

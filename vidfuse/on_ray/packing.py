@@ -52,6 +52,8 @@ class Packed:
     """Whether the set was finished before, and is whole."""
     repaired: tuple[str, ...] = ()
     """Files of a finished set that were lost, and are what they were again."""
+    copies: tuple[tuple[str, str], ...] = ()
+    """Videos of different splits that have the same bytes, as `split/key` of one and of the other; known when a set is finished."""
 
     def lines(self, url: str) -> Iterator[str]:
         """In words."""
@@ -65,6 +67,11 @@ class Packed:
             yield f"{split}: {info.samples} videos in {len(info.shards)} shards, {info.bytes / 1e6:.1f} MB"
         if self.manifest.quarantined:
             yield f"{self.manifest.quarantined} videos left out, see {storage.join(url, shards.QUARANTINE)}"
+        if self.copies:
+            yield (
+                f"{len(self.copies)} videos are in two splits with the same bytes, under two names: {' = '.join(self.copies[0])}"
+                f"{', ...' if len(self.copies) > 1 else ''}; python -m jobs.quality lists these, and those that only look alike"
+            )
         yield f"version {self.manifest.version}"
 
 
@@ -184,7 +191,8 @@ def pack(packing: Packing, *, on_progress: Callable[[Progress], None] | None = N
         if manifest:
             _repair(fs, root, plan, records, manifest, packing.lost)
             return Packed(manifest, written, len(plan.shards) - written, repaired=packing.lost)
-        return Packed(_finish(fs, root, plan, records), written, len(plan.shards) - written)
+        finished = _finish(fs, root, plan, records)
+    return Packed(finished, written, len(plan.shards) - written, copies=tuple(_copies(plan, records)))
 
 
 def _units(packing: Packing) -> list[tuple[ShardPlan, ShardRecord | None, str | None]]:
@@ -341,6 +349,16 @@ def _repair(
 def _of_split(plan: Plan, records: Mapping[str, ShardRecord], split: str) -> list[ShardRecord]:
     """Records of the shards in which a split has samples, in order."""
     return [records[part.name] for part in plan.shards if part.split == split and records[part.name].samples]
+
+
+def _copies(plan: Plan, records: Mapping[str, ShardRecord]) -> Iterator[tuple[str, str]]:
+    first: dict[bytes, tuple[str, str]] = {}
+    for split in plan.source.splits:
+        for record in _of_split(plan, records, split):
+            for sample in record.samples:
+                of, key = first.setdefault(bytes.fromhex(sample.sha256), (split, sample.key))
+                if of != split:
+                    yield f"{of}/{key}", f"{split}/{sample.key}"
 
 
 def _left_out(plan: Plan, records: Mapping[str, ShardRecord]) -> Quarantine:

@@ -186,7 +186,7 @@ def _samples(job: ShardJob, plan: ShardPlan, quarantined: list[Quarantined]) -> 
         video = planned.video
         try:
             source = _read_video(Path(job.folder), planned)
-            content, info = transcode.into_form(source, job.form) if job.form else (source, decode.probe(source))
+            content, info = transcode.into_form_contained(source, job.form)
         except (UnreadableError, decode.DecodeError) as error:
             quarantined.append(Quarantined(split=plan.split, key=video.key, path=video.path, reason=str(error)))
         else:
