@@ -189,15 +189,27 @@ def test_a_damaged_shard_hides_videos_that_are_named_and_is_not_remembered(plant
     whole = tar.read_bytes()
     keys = [row.key for row in tars.index_rows(tar.open("rb"))]
     tar.write_bytes(whole[: len(whole) // 2])
-    for stored in (tmp_path / "report/shards").glob(f"{hashlib.sha256(whole).hexdigest()}*"):
-        stored.unlink()
+    assert [*(tmp_path / "report/shards").glob(f"{hashlib.sha256(whole).hexdigest()}*")], "it was measured while it was whole"
     found = report(str(tmp_path / "set"), str(tmp_path / "report"))
     lost = [flag for flag in found.flags if flag.kind == "unreadable" and flag.shard == "train-00000.tar"]
     assert found.altered == ("train-00000.tar",)
     assert {flag.key for flag in lost} < set(keys) | {CORRUPT} and keys[-1] in {flag.key for flag in lost}
     assert any("the tar is cut off at byte" in flag.reason for flag in lost)
+    tar.unlink()
+    assert report(str(tmp_path / "set"), str(tmp_path / "report")).altered == ("train-00000.tar",)
+    assert "train-00000.tar: missing, or its bytes are not the manifest's" in (tmp_path / "report/quality.html").read_text()
     tar.write_bytes(whole)
     assert report(str(tmp_path / "set"), str(tmp_path / "report")).altered == ()
+
+
+def test_a_stored_table_that_is_damaged_is_named(planted, tmp_path):
+    shutil.copytree(planted / "report", tmp_path / "report")
+    table = next((tmp_path / "report/shards").iterdir())
+    table.write_bytes(b"PAR1")
+    with pytest.raises(
+        DataError, match=rf"{table.name}: not a table of jobs.quality: .*; remove it, and give the same command"
+    ):
+        report(str(planted / "set"), str(tmp_path / "report"))
 
 
 def test_a_damaged_set_is_told_and_ends_with_1(ray_cluster, tmp_path, monkeypatch, capsys):

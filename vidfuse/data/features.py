@@ -213,7 +213,10 @@ def open_features(filesystem: Any, root: str) -> tuple[FeatureSet, FeatureManife
     """
     with filesystem.open_input_file(f"{root}/{MANIFEST}") as file:
         content = bytes(file.read())
-    made = json.loads(content).get("format") if content[:1] == b"{" else None
+    try:
+        made = json.loads(content).get("format")
+    except (ValueError, AttributeError):
+        raise DataError(f"{root}/{MANIFEST} is damaged; {_ANEW.format(f'{root}/{MANIFEST}')}") from None
     if made != FORMAT:
         raise DataError(f"{root}/{MANIFEST} is of format {made}, this version of vidfuse reads {FORMAT}: make the cache anew")
     manifest = parse_record(FeatureManifest, content, f"{root}/{MANIFEST}")

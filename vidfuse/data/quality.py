@@ -148,11 +148,12 @@ def dump_table(rows: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def load_table(content: bytes, *, pictures: bool = False) -> pa.Table:
+def load_table(content: bytes, path: str = "a table", *, pictures: bool = False) -> pa.Table:
     """A table from Parquet.
 
     Args:
         content: What `dump_table` gave.
+        path: Where it is, for messages.
         pictures: With the column of pictures, too.
 
     Raises:
@@ -162,7 +163,9 @@ def load_table(content: bytes, *, pictures: bool = False) -> pa.Table:
         names = [name for name in SCHEMA.names if pictures or name != PICTURE]
         return pq.read_table(io.BytesIO(content), columns=names).select(names)
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise DataError(f"not a table of jobs.quality: {str(error).splitlines()[0]}; remove it") from None
+        raise DataError(
+            f"{path}: not a table of jobs.quality: {str(error).splitlines()[0]}; remove it, and give the same command again"
+        ) from None
 
 
 def _sharpness(luma: Luma) -> float:

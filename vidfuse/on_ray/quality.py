@@ -7,7 +7,8 @@ Comes in: a URL, thresholds, and a place for what comes out. Goes out, in that p
     shards/<sha256>-<frames>-<version>.parquet      one row a video (`data.quality.SCHEMA`), written as shards are done
 
 A shard is streamed once. Its table is stored by what it is a function of, so that a report that was cut off, or is asked for again
-with other thresholds, measures only what is not there yet. The driver alone writes; it holds the rows of all videos without
+with other thresholds, measures only what is not there yet, and shards that are missing or of another size by now; what else may have
+happened to one since, `jobs.check` tells. The driver alone writes; it holds the rows of all videos without
 their pictures (300 bytes each, five times that while they are judged), and a task holds one video and the small pictures of its shard.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -61,7 +62,7 @@ class Place:
     quarantine: shards.Quarantine
     frames: int
     there: frozenset[str]
-    """Names of the tables that are stored."""
+    """Names of the tables that are stored, of shards that have the manifest's size."""
 
     def table_name(self, shard: ShardInfo) -> str:
         """Of a shard's table."""
@@ -97,8 +98,11 @@ def prepare(url: str, out: str | None, frames: int) -> Place:
     storage.check_storage(out, write=True)
     out_fs, out_root = storage.open_storage(out)
     there = storage.list_files(out_fs, storage.join(out_root, TABLES))
-    place = root if isinstance(fs, pafs.LocalFileSystem) else url
-    return Place(place, out, manifest, quarantine, frames, frozenset(there))
+    set_url = root if isinstance(fs, pafs.LocalFileSystem) else url
+    place = Place(set_url, out, manifest, quarantine, frames, frozenset(there))
+    sizes = storage.list_files(fs, root)
+    other = (shard for info in manifest.splits.values() for shard in info.shards if sizes.get(shard.name) != shard.bytes)
+    return replace(place, there=place.there - {place.table_name(shard) for shard in other})
 
 
 def report(
@@ -161,8 +165,8 @@ def _measure(
         for number, shard in enumerate(info.shards):
             name = place.table_name(shard)
             if name in place.there:
-                content = storage.read_bytes(fs, storage.join(root, TABLES, name))
-                found[shard.name] = _named(quality.load_table(content), shard.name)
+                path = storage.join(root, TABLES, name)
+                found[shard.name] = _named(quality.load_table(storage.read_bytes(fs, path), path), shard.name)
                 progress.add(shard.samples, shard.bytes, before=True)
                 continue
             rows = np.flatnonzero(index.shard == number)
@@ -241,8 +245,8 @@ def _pictures(place: Place, wanted: Mapping[str, set[str]], unstored: Mapping[st
         for shard in info.shards:
             if shard.name not in wanted:
                 continue
-            content = unstored.get(shard.name) or storage.read_bytes(fs, storage.join(root, TABLES, place.table_name(shard)))
-            table = quality.load_table(content, pictures=True)
+            path = storage.join(root, TABLES, place.table_name(shard))
+            table = quality.load_table(unstored.get(shard.name) or storage.read_bytes(fs, path), path, pictures=True)
             for key, picture in zip(table["key"].to_pylist(), table[PICTURE].to_pylist(), strict=True):
                 if key in wanted[shard.name] and picture:
                     found[shard.name, key] = base64.b64encode(picture).decode()
