@@ -12,6 +12,7 @@ import pytest
 from tests.support import shared_data
 from vidfuse.config import LayoutConfig
 from vidfuse.data import decode, tars
+from vidfuse.data.annotations.files import csv_header, files_below, folders, read_text
 from vidfuse.data.annotations.source import Source, split_of
 from vidfuse.data.labels import KINETICS400_CLASSES, SSV2_CLASSES
 from vidfuse.data.layouts import read_layout
@@ -217,7 +218,10 @@ def test_kinetics_faults(kinetics):
     for row, words in (
         ("yoga,bbbbbbbbbbb,zero,10,train,0", "train.csv: line 2, column 3 (time_start): 'zero' is not a number of seconds"),
         ("yoga,bbbbbbbbbbb,0,10,train", "train.csv: line 2: 5 columns, the first line names 6: label,youtube_id"),
-        (",bbbbbbbbbbb,0,10,train,0", "train.csv: line 2: no label; only the test split is without labels"),
+        (
+            ",bbbbbbbbbbb,0,10,train,0",
+            "train.csv: line 2: no label; add it or remove the line: only the test split is without labels",
+        ),
         ("yoga,bbbbbbbbbbb,0,10,dev,0", "train.csv: line 2: split 'dev' is none of train, training, val"),
         ("playing guitar,ccccccccccc,123,133,train,0", "at least two classes are needed, found: playing guitar"),
     ):
@@ -526,6 +530,23 @@ def test_names_of_classes(videos):
     assert "nowhere.txt: cannot be read: No such file" in fault(videos, classes="nowhere.txt")
     names = shared_data("labels/ssv2/label_map.txt")
     assert len(read_layout(videos, options=LayoutConfig(classes=str(names))).classes) == SSV2_CLASSES
+
+
+def test_the_folder_of_a_list_is_found_though_its_first_videos_are_not_there(tmp_path):
+    names = [f"v{number:02d}.mp4" for number in range(60)]
+    touch(tmp_path, *(f"videos/{name}" for name in names[25:]))
+    write(tmp_path / "train.txt", *(f"{name} {number % 2}" for number, name in enumerate(names)))
+    assert "names 25 of 60 videos that are not there: v00.mp4, v01.mp4, " in fault(tmp_path)
+    source = read_layout(tmp_path, options=LayoutConfig(allow_missing=0.5))
+    assert [video.path for video in source.splits["train"]] == [f"videos/{name}" for name in names[25:]]
+    assert len(source.absent) == 25
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    for reading in (csv_header, folders, lambda path: files_below(path, bool), read_text):
+        with pytest.raises(DataError, match=f"^{gone}: cannot be read: No such file or directory; give the account"):
+            reading(gone)
 
 
 def test_list_faults(videos):

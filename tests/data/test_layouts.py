@@ -98,7 +98,7 @@ def test_ssv2_faults(ssv2):
     write_json(labels / "train.json", [entry(1, "Eating [something]")])
     assert "video 1: class 'Eating something' is not in the list of 2 classes" in fault(ssv2)
     write_json(labels / "train.json", [{"id": "1"}])
-    assert 'video 1 has no "template"; only the test split is without labels' in fault(ssv2)
+    assert 'video 1 has no "template"; add it: only the test split is without labels' in fault(ssv2)
     write_json(labels / "train.json", [{**entry(1), "placeholders": "a cup"}])
     assert "video 1: \"placeholders\" is 'a cup'; a list of what the sentence names is needed" in fault(ssv2)
     write_json(labels / "train.json", {"id": "1"})

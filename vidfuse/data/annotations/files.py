@@ -50,13 +50,25 @@ def read_text(file: Path) -> str:
         content = file.read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+        raise _unreadable(file, error) from None
     except UnicodeDecodeError as error:
         before = content[: error.start]
         line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
         raise DataError(
             f"{file}: line {line}, column {column}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror or error}; give the account that packs the right to read it")
+
+
+def _listing(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -70,9 +82,16 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_header(file: Path) -> list[str]:
-    """Names of a CSV's columns, in lower case, as far as its first line has some."""
-    with open(file, "rb") as content:
-        line = content.readline(4096).decode("utf-8-sig", "replace")
+    """Names of a CSV's columns, in lower case, as far as its first line has some.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(file, "rb") as content:
+            line = content.readline(4096).decode("utf-8-sig", "replace")
+    except OSError as error:
+        raise _unreadable(file, error) from None
     return [name.strip().lower() for name in next(csv.reader(line.splitlines()[:1]), [])]
 
 
@@ -107,7 +126,9 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        raise DataError(
+            f"{file}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}; correct it there, or unpack the file anew"
+        ) from None
     except RecursionError:
         raise DataError(f"{file}: JSON nested too deep to be annotations; give the file as it is distributed") from None
     except ValueError:
@@ -161,8 +182,9 @@ def text_files(folder: Path, *suffixes: str, places: Iterable[str] = PLACES) -> 
     found = []
     for place in places:
         if (folder / place).is_dir():
-            with os.scandir(folder / place) as entries:
-                names = sorted(entry.name for entry in entries if entry.name.endswith(suffixes) and entry.is_file())
+            names = sorted(
+                entry.name for entry in _listing(folder / place) if entry.name.endswith(suffixes) and entry.is_file()
+            )
             found += [folder / place / name for name in names if not name.startswith(".")]
     return found
 
@@ -206,21 +228,19 @@ def files_below(folder: Path, wanted: Callable[[str], bool], place: str = ".", d
     """
     found: list[str] = []
     prefix = "" if place == "." else f"{place.rstrip('/')}/"
-    with os.scandir(folder / place) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if wanted(entry.name) and entry.is_file():
-                found.append(f"{prefix}{entry.name}")
-            elif depth and entry.is_dir():
-                found += files_below(folder, wanted, f"{prefix}{entry.name}", depth - 1)
+    for entry in _listing(folder / place):
+        if entry.name.startswith("."):
+            continue
+        if wanted(entry.name) and entry.is_file():
+            found.append(f"{prefix}{entry.name}")
+        elif depth and entry.is_dir():
+            found += files_below(folder, wanted, f"{prefix}{entry.name}", depth - 1)
     return sorted(found)
 
 
 def folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    return sorted(entry.name for entry in _listing(folder) if not entry.name.startswith(".") and entry.is_dir())
 
 
 def videos_of_classes(folder: Path, places: Iterable[str], classes: Sequence[str], named: str) -> tuple[str, list[str]]:

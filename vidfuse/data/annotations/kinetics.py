@@ -80,12 +80,15 @@ def _rows(file: Path) -> Iterator[_Row]:
             continue
         where = Listed(name, number)
         if len(fields) != len(header):
-            raise DataError(f"{where}: {len(fields)} columns, the first line names {len(header)}: {','.join(header)}")
+            raise DataError(
+                f"{where}: {len(fields)} columns, the first line names {len(header)}: {','.join(header)}; correct the line (text"
+                f" with commas needs quotes)"
+            )
         values = dict(zip(header, fields, strict=True))
         split = _split(values.get("split"), file, where)
         label = values.get("label") or None
         if label is None and split != "test":
-            raise DataError(f"{where}: no label; only the test split is without labels")
+            raise DataError(f"{where}: no label; add it or remove the line: only the test split is without labels")
         times = [_seconds(values[name], f"{where}, column {header.index(name) + 1} ({name})") for name in _COLUMNS[1:]]
         yield _Row(where, split, label, f"{values['youtube_id']}_{times[0]:06d}_{times[1]:06d}")
 
@@ -94,7 +97,7 @@ def _split(given: str | None, file: Path, where: Listed) -> str:
     split = SPLIT_NAMES.get(given.lower()) if given else split_of(file.stem)
     if split is None:
         raise DataError(
-            f"{where}: split {given!r} is none of {', '.join(SPLIT_NAMES)}, and neither does the file's name tell it"
+            f"{where}: split {given!r} is none of {', '.join(SPLIT_NAMES)}, and neither does the file's name tell it; correct it"
         )
     return split
 
@@ -103,7 +106,7 @@ def _seconds(text: str, where: str) -> int:
     try:
         return int(float(text))
     except (ValueError, OverflowError):
-        raise DataError(f"{where}: {text!r} is not a number of seconds") from None
+        raise DataError(f"{where}: {text!r} is not a number of seconds; correct it, or remove the line") from None
 
 
 def _preferred(videos: list[str]) -> list[str]:

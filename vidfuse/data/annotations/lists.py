@@ -166,7 +166,7 @@ def _entry(file: Path, number: int, line: str, split: str) -> _Entry:
         column = len(line) - len(re.split(r"[\s,]+", line)[-1]) + 1
         raise DataError(
             f"{file}: line {number}, column {column}: {line[:120]!r}; 'path label' or 'path total_frames label' is needed, with the"
-            f" label a number from 0"
+            f" label a number from 0{'; remove the line if it names the columns' if number == 1 else ''}"
         )
     path, frames = _unquoted(match["path"]), match["frames"]
     if frames is not None and not is_video(path) and is_video(f"{path} {frames}"):
@@ -206,11 +206,16 @@ def _check_labels(file: Path, entries: Sequence[_Entry], classes: int, names: Pa
 
 
 def _place(folder: Path, split: str, entries: Sequence[_Entry], known: set[str]) -> str:
-    """The folder below which a list's paths are: the first in which one of its first entries is there."""
+    """The folder below which a list's paths are: the first in which one of its first entries is there, else that of most."""
     aliases = [name for name, meant in SPLIT_NAMES.items() if meant == split]
     places = ["", "videos/", *(f"videos_{name}/" for name in aliases), *(f"{name}/" for name in aliases)]
-    tried = [entry for entry in entries if not entry.path.startswith("/")][:_TRIED]
-    return next((p for p in places for entry in tried if _path(folder, p, entry, known) is not None), "")
+    below = [entry for entry in entries if not entry.path.startswith("/")]
+    found = next((p for p in places for entry in below[:_TRIED] if _path(folder, p, entry, known) is not None), None)
+    if found is not None or len(below) <= _TRIED:
+        return found or ""
+    stems = {path.rpartition(".")[0] for path in known}
+    names = [os.path.normpath(entry.path) for entry in below]
+    return max(places, key=lambda p: sum(f"{p}{name}" in known or f"{p}{name}" in stems for name in names))
 
 
 def _path(folder: Path, place: str, entry: _Entry, known: set[str]) -> str | None:

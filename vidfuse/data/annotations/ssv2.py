@@ -64,16 +64,16 @@ def _classes(file: Path) -> tuple[str, ...]:
     try:
         numbered = {int(number): _plain(name) for name, number in content.items()}
     except (AttributeError, TypeError, ValueError):
-        raise DataError(f'{file}: an object {{"class": "number", ...}} is needed') from None
+        raise DataError(f'{file}: an object {{"class": "number", ...}} is needed; give the file as it is distributed') from None
     if len(numbered) != len(content) or sorted(numbered) != list(range(len(content))) or len(content) < 2:
-        raise DataError(f"{file}: the classes' numbers are 0 to {len(content) - 1}, each once, and at least two")
+        raise DataError(f"{file}: the classes' numbers are 0 to {len(content) - 1}, each once, and at least two; correct them")
     return tuple(numbered[number] for number in range(len(content)))
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
     content = read_json(file)
     if not isinstance(content, list) or not all(isinstance(entry, dict) and "id" in entry for entry in content):
-        raise DataError(f'{file}: a list of objects with "id" is needed')
+        raise DataError(f'{file}: a list of objects with "id" is needed; give the file as it is distributed')
     return content
 
 
@@ -81,7 +81,7 @@ def _video(listed: Listed, split: str, entry: dict[str, Any], numbers: dict[str,
     key, template = str(entry["id"]), entry.get("template")
     if template is None:
         if split != "test":
-            raise DataError(f'{listed}: video {key} has no "template"; only the test split is without labels')
+            raise DataError(f'{listed}: video {key} has no "template"; add it: only the test split is without labels')
         return SourceVideo(key, path, None, "", listed=listed)
     name = _plain(str(template))
     return SourceVideo(

@@ -69,8 +69,11 @@ def _classes(file: Path) -> tuple[str, ...]:
         if match is None or int(match["index"]) != len(classes) + 1:
             raise DataError(f"{file}: line {number}: {line!r}; '{len(classes) + 1} ClassName' is needed")
         classes.append(match["name"])
-    if len(classes) < 2 or len(set(classes)) < len(classes):
-        raise DataError(f"{file}: at least two classes are needed, each once")
+    twice = next((name for place, name in enumerate(classes) if name in classes[:place]), None)
+    if twice is not None:
+        raise DataError(f"{file}: class {twice!r} is there twice; each class has one line")
+    if len(classes) < 2:
+        raise DataError(f"{file}: {len(classes)} classes; at least two are needed, one a line: '1 ClassName'")
     return tuple(classes)
 
 
@@ -85,9 +88,11 @@ def _entries(file: Path, numbers: dict[str, int]) -> Iterator[tuple[str, Listed]
         path, label = match["path"], match["label"]
         name = path.partition("/")[0]
         if name not in numbers:
-            raise DataError(f"{file}: line {number}: class {name!r} is not in classInd.txt")
+            raise DataError(f"{file}: line {number}: class {name!r} is not in classInd.txt; add it there, or remove the line")
         if label and int(label) != numbers[name] + 1:
-            raise DataError(f"{file}: line {number}: label {label}, but {name} is {numbers[name] + 1} in classInd.txt")
+            raise DataError(
+                f"{file}: line {number}: label {label}, but {name} is {numbers[name] + 1} in classInd.txt; correct one of them"
+            )
         yield path, Listed(listed, number)
 
 
