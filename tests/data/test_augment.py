@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from torchvision.transforms.v2 import ColorJitter
 
 from tests.data.test_repeats import reader_of
 from vidfuse.config import Augment, ConfigError, from_mapping, override
@@ -44,7 +45,9 @@ def test_jitter_is_torchvisions_in_range_and_order():
     values = {
         name: [next(iter(c.values.values())) for changes in found for c in changes if c.name == name] for name in OPERATIONS
     }
-    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.0, 2.5), ("saturation", 0.6, 1.4), ("hue", -0.1, 0.1)):
+    theirs = ColorJitter(brightness=0.4, contrast=1.5, saturation=0.4, hue=0.1)
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        low, high = getattr(theirs, name)
         assert len(values[name]) == 2000 and low <= min(values[name]) and max(values[name]) <= high
         assert abs(np.mean(values[name]) - (low + high) / 2) < 0.05 * (high - low)
     assert len({tuple(c.name for c in changes) for changes in found}) == 24  # every order of the four

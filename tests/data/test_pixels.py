@@ -120,6 +120,13 @@ def test_translation_fills_with_grey():
     assert np.array_equal(moved[:, :, :36], CLIP[:, :, 12:]) and (moved[:, :, 36:] == 128).all()
 
 
+@pytest.mark.parametrize("mode", ["rand", "const"])
+def test_erasing_is_torchvisions(mode):
+    ours = pixels.erase(CLIP, top=5, left=7, height=20, width=11, mode=mode, noise=3)
+    colour = torch.from_numpy(ours[0, 5, 7].copy()).reshape(3, 1, 1)
+    assert np.array_equal(ours, theirs(lambda t: F.erase(t, 5, 7, 20, 11, colour), CLIP))
+
+
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_a_rectangle_is_erased_in_all_frames_and_nothing_else(mode):
     erased = pixels.erase(CLIP, top=5, left=7, height=20, width=11, mode=mode, noise=3)
