@@ -1,6 +1,6 @@
 """The one config tree: what a run is, field by field, with units and bounds."""
 
-from vidfuse.config.augment import Augment, Blur, Erasing, Jitter, Mixing, RandAugment, Temporal
+from vidfuse.config.augment import Augment, Blur, Erasing, Flip, Jitter, Mixing, RandAugment, Temporal
 from vidfuse.config.data import Curriculum, DataConfig, FeaturesConfig, QualityConfig
 from vidfuse.config.model import Adapters, Component, Lora, ModelConfig, Option, Stream
 from vidfuse.config.pack import LayoutConfig, PackConfig, TranscodeConfig
@@ -23,6 +23,7 @@ __all__ = [
     "Erasing",
     "EvaluateConfig",
     "FeaturesConfig",
+    "Flip",
     "Jitter",
     "LayoutConfig",
     "Lora",

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from vidfuse.config.section import Section, check_range
 
+Flip = bool | Literal["keep_labels"]
+"""Whether clips are mirrored, and, if so, whether labels follow the names of their classes."""
+
 
 class Jitter(Section):
     """Random colours of a training clip, as torchvision's `ColorJitter`."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vidfuse.config.augment import Augment, Temporal
+from vidfuse.config.augment import Augment, Flip, Temporal
 from vidfuse.config.section import Section, check_range
 
 
@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Smallest and largest share of the frame's area that a training crop takes."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
     """Smallest and largest width : height of a training crop."""
-    flip: bool | Literal["keep_labels"] = False
+    flip: Flip = False
     """Whether training clips are mirrored left-right, half of them. Labels that name a side or a turn follow: `from left to right`
     becomes the class `from right to left`; a clip whose mirrored class does not exist is not mirrored. Classes that are only numbers
     are refused, since they tell no sides. `keep_labels`: every clip may be mirrored, and keeps its label."""

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from vidfuse.config.augment import Mixing
+from vidfuse.config.augment import Flip, Mixing
 from vidfuse.config.section import Section
 
 
@@ -91,7 +91,7 @@ class EvaluateConfig(Section):
     """Temporal views of a video."""
     crops: Literal[1, 3] = 1
     """Spatial views of a clip: 1 centre, 3 along the longer side."""
-    flip: bool | Literal["keep_labels"] = False
+    flip: Flip = False
     """Whether each view is scored mirrored, too; classes that name a side or a turn are swapped back. Refused where a class
     cannot be mirrored, or where classes are only numbers. `keep_labels`: no class is swapped."""
     mean: Literal["probabilities", "logits"] = "probabilities"

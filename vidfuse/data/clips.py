@@ -247,11 +247,7 @@ class ClipReader:
         ]
 
     def _make(self, cache: FrameCache | None, video: Video, content: bytes, missing: Missing) -> None:
-        """Decode the missing views, and keep them.
-
-        Raises:
-            DecodeError: the bytes are not those that the index names, though they may decode, or do not decode.
-        """
+        """Decode the missing views, and keep them; bytes that the index does not name are an error, though they may decode."""
         if missing and video.sha256 and hashlib.sha256(content).digest() != video.sha256:
             raise DecodeError("altered since it was packed: its sha256 is not the index's")
         _decode(content, [plan for plan, _ in missing], [clip for _, clip in missing], self.data)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from vidfuse.config import ConfigError
+from vidfuse.config import ConfigError, Flip
 
 Classes = npt.NDArray[np.int64]
-Flip = bool | Literal["keep_labels"]
 
 NEVER = -1
 """In place of a class: clips of it are not mirrored."""
