@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jobs import cli
 from vidfuse.config import ConfigError, from_mapping, override
-from vidfuse.data.decode import DecodeError
 from vidfuse.data.sheet import SHOWS, draw_sheet, png, rows_of
+from vidfuse.data.video import DecodeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,15 +12,17 @@ import select
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import psutil
 import pytest
 
+from vidfuse.data import contained
 from vidfuse.data.shards import Recipe
 
 REPO = Path(__file__).resolve().parents[1]
@@ -55,6 +57,21 @@ def make_video(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(_picture(index, width, height, seed), format="rgb24")))
         container.mux(stream.encode())
     return out.getvalue()
+
+
+@contextlib.contextmanager
+def decoding_dies(video: bytes, status: int) -> Iterator[None]:
+    """The process in which a video is decoded apart dies of a signal, each time that it is given that video."""
+    ask = contained._Child.ask
+
+    def asking(child: contained._Child, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        ask(child, function, arguments)
+        if video in arguments:
+            child.process.send_signal(status)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contained._Child, "ask", asking)
+        yield
 
 
 def shown_index(frame: np.ndarray) -> int:

@@ -18,6 +18,7 @@ from tests import support
 from vidfuse.config import TranscodeConfig
 from vidfuse.data import decode
 from vidfuse.data.layouts import read_layout
+from vidfuse.data.video import Frame
 from vidfuse.on_ray.packing import pack, prepare
 
 VIDEOS, FRAMES, WIDTH, HEIGHT, FPS = 240, 45, 432, 240, 12
@@ -66,7 +67,7 @@ def _cut(folder: Path) -> Iterator[bytes]:
             yield _encoded(image for _, image in decode.decode_frames(content, numbers))
 
 
-def _encoded(images: Iterator[decode.Frame]) -> bytes:
+def _encoded(images: Iterator[Frame]) -> bytes:
     out = io.BytesIO()
     with av.open(out, "w", format="webm") as container:
         stream = container.add_stream("libvpx-vp9", rate=FPS, options=_VP9)
@@ -77,7 +78,7 @@ def _encoded(images: Iterator[decode.Frame]) -> bytes:
     return out.getvalue()
 
 
-def _filled(image: decode.Frame) -> decode.Frame:
+def _filled(image: Frame) -> Frame:
     """The largest part in the middle that has the shape, resized."""
     height, width = image.shape[:2]
     part_height, part_width = min(height, width * HEIGHT // WIDTH), min(width, height * WIDTH // HEIGHT)

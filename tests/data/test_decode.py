@@ -15,8 +15,9 @@ import pytest
 from tests.support import make_video, shared_data, shown_index
 from vidfuse.config import TranscodeConfig
 from vidfuse.data import decode
-from vidfuse.data.decode import DECODERS, DecodeError, decode_frames, probe
+from vidfuse.data.decode import DECODERS, decode_frames, probe
 from vidfuse.data.transcode import into_form
+from vidfuse.data.video import DecodeError
 
 SUFFIXES = ("mp4", "webm", "avi", "mkv", "mov")
 B_FRAMES = {"bf": "3", "g": "12"}

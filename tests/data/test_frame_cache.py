@@ -22,9 +22,9 @@ from vidfuse.config import ConfigError, from_mapping
 from vidfuse.data import clips as module
 from vidfuse.data import frame_cache
 from vidfuse.data.clips import COSTS, ClipReader, Part
-from vidfuse.data.decode import DecodeError
 from vidfuse.data.frame_cache import FrameCache, key_of
 from vidfuse.data.transforms import Box
+from vidfuse.data.video import DecodeError
 
 SHAPE = (4, 16, 16, 3)
 ENTRY = 36 + int(np.prod(SHAPE))

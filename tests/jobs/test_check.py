@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import signal
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from jobs import check, cli
-from tests.support import make_ssv2, make_video, run_job
+from tests.support import decoding_dies, make_ssv2, make_video, run_job
 from vidfuse.data import shards, tars
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, SampleMeta, ShardRecord
@@ -296,6 +297,21 @@ def test_progress_is_told_inside_a_shard(packed, monkeypatch):
     assert checking.check(str(packed), on_progress=lambda progress: told.append(progress.line())) == []
     assert len(told) > len(list(packed.glob("*.tar"))), "more often than a shard ends"
     assert "24/24 videos (100 %)" in told[-1]
+
+
+def test_a_video_that_crashes_the_decoder_is_named_and_the_rest_is_checked(packed):
+    """A fault of the video; a kill is none, it is told."""
+    shard = next(shard for shard in manifest_of(packed).splits["train"].shards if shard.name == FIRST)
+    board = SimpleNamespace(note=SimpleNamespace(remote=lambda *_: None))
+    name, content = members(packed)[2]
+    arguments = (str(packed), shard, None, checking.Rules(3, True, None), board)
+    with decoding_dies(content, signal.SIGSEGV):
+        report = checking._check_shard(*arguments)
+    key = name.partition(".")[0]
+    assert report.faults == [f"{FIRST}/{key}: undecodable video: the decoder crashed (signal 11)"]
+    assert len(report.keys) == shard.samples > 2
+    with decoding_dies(content, signal.SIGKILL), pytest.raises(OSError, match="no memory is left there"):
+        checking._check_shard(*arguments)
 
 
 # --- the command ---

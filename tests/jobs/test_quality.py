@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ import pytest
 
 from jobs import cli
 from jobs import quality as job
-from tests.support import REPO, make_ssv2, make_video, many_videos, run_job, shared_data, write_json
+from tests.support import REPO, decoding_dies, make_ssv2, make_video, many_videos, run_job, shared_data, write_json
 from vidfuse.config import ConfigError, QualityConfig
 from vidfuse.data import decode, pictures, shards, tars
 from vidfuse.data.layouts import read_layout
+from vidfuse.data.quality import load_table
 from vidfuse.data.shards import DataError
 from vidfuse.data.survey import Survey
 from vidfuse.on_ray import packing, quality, storage, tasks
@@ -244,6 +246,23 @@ def test_progress_is_told_inside_a_shard(planted, tmp_path, monkeypatch):
     quality.report(place, QualityConfig(), facts={}, on_progress=lambda progress: told.append(progress.line()))
     assert len(told) > len(list((planted / "set").glob("*.tar"))), "more often than a shard ends"
     assert "25/25 videos (100 %)" in told[-1]
+
+
+def test_a_video_that_crashes_the_decoder_is_flagged_and_the_rest_is_measured(planted):
+    place = quality.prepare(str(planted / "set"), str(planted / "crash"), 2)
+    shard = place.manifest.splits["validation"].shards[0]
+    with tarfile.open(planted / "set" / shard.name) as tar:
+        bad = tar.next()
+        content = tar.extractfile(bad).read()
+    board = SimpleNamespace(note=SimpleNamespace(remote=lambda *_: None))
+    with decoding_dies(content, signal.SIGSEGV):
+        measured = quality._measure_shard(place.set_url, shard, (), 2, board)
+    rows = load_table(measured.table)
+    errors = dict(zip(rows["key"].to_pylist(), rows["error"].to_pylist(), strict=True))
+    assert {key for key, error in errors.items() if "crashed (signal 11)" in error} == {bad.name.partition(".")[0]}
+    assert len(errors) == shard.samples > 1
+    with decoding_dies(content, signal.SIGKILL), pytest.raises(OSError, match="no memory is left there"):
+        quality._measure_shard(place.set_url, shard, (), 2, board)
 
 
 @pytest.mark.s3

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from tests.proxy import proxy
-from tests.support import REPO, make_ssv2, make_ucf101, make_video, write_json
+from tests.support import REPO, decoding_dies, make_ssv2, make_ucf101, make_video, write_json
 from vidfuse.config import LayoutConfig, TranscodeConfig
-from vidfuse.data import contained, shards
+from vidfuse.data import shards
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
 from vidfuse.on_ray import packing, storage
@@ -550,23 +550,19 @@ def test_a_bucket_that_is_full(s3, folder, monkeypatch, status):
         assert contents(ready.place) == {}
 
 
-def test_a_video_that_crashes_the_decoder_is_left_out_alone(folder, tmp_path, monkeypatch):
-    """The decoder's process dies while it works on one video, each time."""
+def test_a_video_that_crashes_the_decoder_is_left_out_alone(folder, tmp_path):
     ready = prepare(folder, str(tmp_path / "set"))
     plan = ready.plan.shards[0]
-    bad, ask, status = plan.videos[1].video, contained._Child.ask, [signal.SIGSEGV]
-
-    def asking(child, function, arguments) -> None:
-        ask(child, function, arguments)
-        if arguments[0] == (folder / bad.path).read_bytes():
-            child.process.send_signal(status[0])
-
-    monkeypatch.setattr(contained._Child, "ask", asking)
-    record = write_shard(job_of(ready), plan)
+    bad = plan.videos[1].video
+    content = (folder / bad.path).read_bytes()
+    with decoding_dies(content, signal.SIGSEGV):
+        record = write_shard(job_of(ready), plan)
     assert [(video.key, video.reason) for video in record.quarantined] == [(bad.key, "the decoder crashed (signal 11)")]
     assert [row.key for row in record.samples] == [planned.video.key for planned in plan.videos if planned.video != bad]
-    status[0] = signal.SIGKILL
-    with pytest.raises(OSError, match=r"killed \(crashed \(signal 9\)\): no memory is left there"):
+    with (
+        decoding_dies(content, signal.SIGKILL),
+        pytest.raises(OSError, match=r"killed \(crashed \(signal 9\)\): no memory is left there"),
+    ):
         write_shard(job_of(ready), plan)
 
 

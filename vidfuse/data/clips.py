@@ -30,7 +30,7 @@ import numpy.typing as npt
 from vidfuse.config import DataConfig
 from vidfuse.data import augment
 from vidfuse.data.augment import Change
-from vidfuse.data.decode import DecodeError, decode_frames
+from vidfuse.data.decode import decode_frames
 from vidfuse.data.features import BITS, FeatureSet
 from vidfuse.data.flips import NEVER, Classes
 from vidfuse.data.frame_cache import Clip, FrameCache, key_of
@@ -38,6 +38,7 @@ from vidfuse.data.ranges import EndError, read_range
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
 from vidfuse.data.shards import SplitIndex
 from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
+from vidfuse.data.video import DecodeError
 
 FETCHES_AT_ONCE = 8
 """Byte ranges that a reading task asks of the storage at the same time."""

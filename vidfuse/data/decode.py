@@ -1,13 +1,12 @@
-"""Video bytes -> RGB frames: the only file that knows a decoder.
+"""Video bytes -> RGB frames: the only way to a decoder.
 
 Comes in: the bytes of one encoded video and the indices of the frames wanted. Goes out: uint8 frames [H, W, 3] as shown
 (rotation metadata applied), what the file is, or a `DecodeError`. Frames are counted in presentation order from 0, by decoding: no
 header's count is believed and nothing seeks, which is what keeps the frames right on B-frame AVIs and open GOPs. Of videos that
 `data.transcode` wrote (each packet is a frame, each GOP is closed) only what leads to a wanted frame is decoded.
 
-One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` is called the way in which it
-does not shift frames and seldom crashes (bytes through a file in memory, one thread, every frame in order), and in a process of its
-own (`data.contained`), since broken videos make it crash all the same: that, or a hang, is a `DecodeError` of the one video.
+One thread a video: parallelism comes from many videos at a time. `pyav` is the default; `decord` (`data.by_decord`) is called in a
+process of its own (`data.contained`), since broken videos make it crash: that, or a hang, is a `DecodeError` of the one video.
 """
 
 from __future__ import annotations
@@ -16,21 +15,17 @@ import bisect
 import contextlib
 import importlib.util
 import io
-import math
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import av
 import av.logging
 import numpy as np
-import numpy.typing as npt
 from av.video.reformatter import VideoReformatter
 
-from vidfuse.data import contained
+from vidfuse.data import by_decord, contained
+from vidfuse.data.video import DecodeError, Frame, Inspection, VideoInfo, check_pixels, faults, timing
 
 DECODERS = ("pyav", "decord")
 MAX_FRAMES = 36_000
@@ -41,57 +36,12 @@ CLOSED_GOPS = "vidfuse: closed GOPs, a frame a packet"
 """Comment of an mp4 whose frames can be counted by its packets, and whose GOPs can be decoded by themselves."""
 _CLOSED_BY_X264 = b"open_gop=0"
 """In x264's note of its settings. The comment alone does not tell: FFmpeg hands it on to what it makes of such a file."""
+WHOLE_SECONDS = 3600.0
+"""How long it may take to decode a whole video, or to transcode it; the longest that are read take less."""
 _ALONE = {"protocol_whitelist": "none"}
 """Have FFmpeg open nothing but the bytes: playlists, lists of files and descriptions of streams name files and addresses."""
 _UNPROBED = {**_ALONE, "codec_whitelist": "none"}
 """Have FFmpeg open a file without decoding a frame of it (it decodes one to guess the delay of the others, and to name the pixels)."""
-_GAPS = 2.5
-"""Intervals that the frames of a constant rate may lack or have too many: AVIs with B-frames begin with a gap."""
-_UNEVEN = 0.05
-"""Share of its intervals by which a rate may be off and is still the container's."""
-_CHUNK = 16
-"""Frames that decord holds at a time."""
-_IN_MEMORY = hasattr(os, "memfd_create")
-
-Frame = npt.NDArray[np.uint8]
-
-
-class DecodeError(ValueError):
-    """Bytes that are no whole video, or a frame that the video does not have; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video is, by decoding all of it."""
-
-    frames: int
-    """Frames that decode, counted."""
-    fps: float
-    """Frames a second, on average."""
-    duration: float
-    """Seconds, from the first frame's start to the last one's end."""
-    width: int
-    """Pixels, as shown (after rotation)."""
-    height: int
-    """Pixels, as shown (after rotation)."""
-    codec: str
-    """The codec's name as FFmpeg has it (not its decoder's: `av1`); empty where the decoder does not tell (decord)."""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a video is and how its file is made."""
-
-    info: VideoInfo
-    container: str
-    """FFmpeg's name of the file's format: `matroska,webm`, `mov,mp4,m4a,3gp,3g2,mj2`, `avi`."""
-    pixel_format: str
-    """FFmpeg's name: `yuv420p`, `yuv420p10le`."""
-    audio_tracks: int
-    rotation: int
-    """Degrees counter-clockwise by which frames are turned to be shown."""
-    interval_spread: float
-    """(95th - 5th percentile) / median of the times between neighbouring frames; 0 where frames have no times."""
 
 
 def probe(video: bytes, *, decoder: str = "pyav") -> VideoInfo:
@@ -156,12 +106,33 @@ def inspect(video: bytes, wanted: Sequence[int] = ()) -> tuple[Inspection, list[
                 size, rotation, pixels = _shown_size(frame), int(frame.rotation), frame.format.name
             if count - 1 in left:
                 kept.append(_rgb(convert, frame))
-        fps, duration = _timing(
+        fps, duration = timing(
             count, float(stream.average_rate or stream.guessed_rate or 0), times[-1] - times[0] if times else 0.0
         )
         info = VideoInfo(count, fps, duration, *size, stream.codec.canonical_name)
         sound = len(container.streams.audio)
         return Inspection(info, container.format.name, pixels, sound, rotation, _spread(times)), kept
+
+
+def apart(function: Callable[..., Iterator[Any]], *arguments: Any, seconds: float = contained.SILENT_SECONDS) -> Iterator[Any]:
+    """Yield what a function yields that decodes one video, in a process of its own: what crashes libraries there costs that video alone.
+
+    Args:
+        function: As for `contained.iterate`.
+        arguments: The same.
+        seconds: How long it may be silent.
+
+    Raises:
+        DecodeError: while iterating: the process crashed, or hangs.
+        OSError: it was killed, as where no memory is left, or did not start: not the video's fault.
+        Exception: what the function raises.
+    """
+    try:
+        yield from contained.iterate(function, *arguments, seconds=seconds)
+    except contained.CrashError as error:
+        if error.killed:
+            raise OSError(f"the process that decodes a video was killed ({error}): no memory is left there") from None
+        raise DecodeError(f"the decoder {error}") from None
 
 
 def timed_frames(video: bytes) -> Iterator[tuple[float, Frame]]:
@@ -201,18 +172,6 @@ def _spread(times: Sequence[float]) -> float:
     intervals = np.diff(times)
     low, middle, high = np.percentile(intervals, [5, 50, 95]) if len(intervals) else (0.0, 0.0, 0.0)
     return float((high - low) / middle) if middle > 0 else 0.0
-
-
-def _timing(frames: int, fps: float, span: float) -> tuple[float, float]:
-    """Frames a second and seconds, from the container's rate and the time between first and last frame (0: unknown).
-
-    The container's rate is exact where it holds; a WebM of a variable rate names one that it has nowhere.
-    """
-    if not (math.isfinite(fps) and fps > 0):
-        fps = (frames - 1) / span if span > 0 else 25.0
-    elif frames > 1 and span > 0 and abs(span * fps - (frames - 1)) > max(_GAPS, _UNEVEN * (frames - 1)):
-        fps = (frames - 1) / span
-    return fps, span + 1 / fps if span > 0 else frames / fps
 
 
 def _decode_pyav(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
@@ -269,7 +228,7 @@ def _opened(video: bytes, *, probed: bool = True) -> Iterator[tuple[Any, Any]]:
             raise DecodeError("no decoder for the codec of the video stream")
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
-        _check_pixels(stream.codec_context.width, stream.codec_context.height)
+        check_pixels(stream.codec_context.width, stream.codec_context.height, MAX_PIXELS)
         yield container, stream
 
 
@@ -287,7 +246,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise DecodeError(f"frame {count} is damaged")
-            _check_pixels(frame.width, frame.height)
+            check_pixels(frame.width, frame.height, MAX_PIXELS)
             count += 1
             if count > MAX_FRAMES:
                 raise DecodeError(f"more than {MAX_FRAMES} frames; cut the video into shorter ones")
@@ -325,7 +284,7 @@ def _frames_of_gop(decoder: Any, first: int, packets: Sequence[Any], wanted: set
         for frame in decoder.decode(packet):
             if frame.is_corrupt:
                 raise DecodeError(f"frame {number.get(frame.pts)} is damaged")
-            _check_pixels(frame.width, frame.height)
+            check_pixels(frame.width, frame.height, MAX_PIXELS)
             if (shown := number.get(frame.pts)) in wanted:
                 wanted.remove(shown)
                 yield shown, frame
@@ -353,12 +312,6 @@ def _matroska_bytes(video: bytes) -> int:
     return position
 
 
-def _check_pixels(width: int, height: int, most: int = 0) -> None:
-    most = most or MAX_PIXELS
-    if width * height > most:
-        raise DecodeError(f"a frame of {width} x {height} pixels; at most {most} pixels are read, make the video smaller")
-
-
 def _rgb(convert: VideoReformatter, frame: Any) -> Frame:
     image: Any = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()  # else one for each CPU, for each video
     return _upright(image, frame.rotation)
@@ -374,80 +327,35 @@ def _shown_size(frame: Any) -> tuple[int, int]:
     return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
 
 
-@contextlib.contextmanager
-def faults() -> Iterator[None]:
-    """Let only `DecodeError` out: on broken files PyAV also raises UnicodeDecodeError, MemoryError and others."""
-    try:
-        yield
-    except DecodeError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DecodeError(" ".join(reason.split())[:300]) from error
-
-
-# --- decord: the functions that import it run in another process, to which the bounds of this one travel ---
+# --- decord: the functions that call it run in another process, to which the bounds of this one travel ---
 
 
 def _probe_contained(video: bytes) -> VideoInfo:
-    with _crashes():
-        *_, info = contained.iterate(_probe_decord, video, MAX_FRAMES, MAX_PIXELS)
+    *_, info = apart(_probe_decord, video, MAX_FRAMES, MAX_PIXELS)
     assert info is not None
     return info
 
 
 def _decode_contained(video: bytes, indices: Sequence[int]) -> Iterator[tuple[int, Frame]]:
-    with _crashes():
-        for some in contained.iterate(_decode_decord, video, indices, MAX_FRAMES, MAX_PIXELS) if indices else ():
-            yield from some
-
-
-@contextlib.contextmanager
-def _crashes() -> Iterator[None]:
-    try:
-        yield
-    except contained.CrashError as error:
-        raise DecodeError(f"the decoder {error}") from None
+    for some in apart(_decode_decord, video, indices, MAX_FRAMES, MAX_PIXELS) if indices else ():
+        yield from some
 
 
 def _probe_decord(video: bytes, most_frames: int, most_pixels: int) -> Iterator[VideoInfo | None]:
-    """Yield `None` for each chunk that decodes, as a sign of life, and in the end what the video is."""
-    with faults(), _reader(video, most_frames, most_pixels) as reader:
-        count, fps = len(reader), float(reader.get_avg_fps())
-        height = width = 0
-        for start in range(0, count, _CHUNK):
-            height, width = reader.get_batch(range(start, min(start + _CHUNK, count))).shape[1:3]
-            yield None
-        fps, duration = _timing(count, fps, 0.0)
-        yield VideoInfo(count, fps, duration, width, height, "")
+    with faults():
+        _check_links(video)
+        yield from by_decord.probed(video, most_frames=most_frames, most_pixels=most_pixels)
 
 
 def _decode_decord(
     video: bytes, indices: Sequence[int], most_frames: int, most_pixels: int
 ) -> Iterator[list[tuple[int, Frame]]]:
-    """Yield the wanted frames of each chunk, also where there are none."""
-    with faults(), _reader(video, most_frames, most_pixels) as reader:
-        if indices[-1] >= len(reader):
-            raise DecodeError(f"frame {indices[-1]} is wanted, the video has {len(reader)}")
-        for start in range(0, indices[-1] + 1, _CHUNK):
-            chunk = reader.get_batch(range(start, min(start + _CHUNK, indices[-1] + 1))).asnumpy()
-            yield [(index, chunk[index - start]) for index in indices if start <= index < start + len(chunk)]
+    with faults():
+        _check_links(video)
+        yield from by_decord.decoded(video, indices, most_frames=most_frames, most_pixels=most_pixels)
 
 
-@contextlib.contextmanager
-def _reader(video: bytes, most_frames: int, most_pixels: int) -> Iterator[Any]:
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
-    with _opened(video, probed=False):  # refuses what names other files: decord would open them
+def _check_links(video: bytes) -> None:
+    """Refuse what names other files: decord would open them."""
+    with _opened(video, probed=False):
         pass
-    # A file without a name: a crash leaves none behind.
-    with os.fdopen(os.memfd_create("video"), "wb") if _IN_MEMORY else tempfile.TemporaryFile() as file:
-        file.write(video)
-        file.flush()
-        reader = decord.VideoReader(f"/dev/fd/{file.fileno()}", num_threads=1)
-        if not 0 < len(reader) <= most_frames:
-            raise DecodeError(f"{len(reader)} frames; 1 to {most_frames} are read")
-        height, width = reader[0].shape[:2]
-        _check_pixels(width, height, most_pixels)
-        yield reader

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from vidfuse.data import decode, duplicates
 from vidfuse.data.opencv import cv2
 from vidfuse.data.sampling import frame_numbers
 from vidfuse.data.shards import DataError, SampleMeta
+from vidfuse.data.video import DecodeError, Frame
 
 VERSION = 2
 """Of the measuring: changed when the same video would give another row."""
@@ -82,13 +83,16 @@ def check_frames(frames: int) -> int:
 
 
 def measure(shard: str, meta: SampleMeta, video: bytes, frames: int) -> Row:
-    """The row of one video.
+    """The row of one video, which is decoded in a process of its own.
 
     Args:
         shard: Name of its shard.
         meta: Its json member.
         video: Its bytes.
         frames: How many frames to look at.
+
+    Raises:
+        OSError: as `decode.apart`.
     """
     row = {
         **unread(shard, meta.key, meta.label, ""),
@@ -99,20 +103,26 @@ def measure(shard: str, meta: SampleMeta, video: bytes, frames: int) -> Row:
     }
     row |= {"duration": meta.duration, "fps": meta.fps, "width": meta.width, "height": meta.height}
     try:
-        wanted = frame_numbers(max(meta.frames, 1), frames, sampling="uniform")
-        found, pictures = decode.inspect(video, sorted(set(wanted.tolist())))
-    except decode.DecodeError as error:
+        [seen] = decode.apart(_seen, video, meta.frames, frames, seconds=decode.WHOLE_SECONDS)
+    except DecodeError as error:
         return {**row, "error": str(error)}
+    return {**row, **seen}
+
+
+def _seen(video: bytes, said: int, frames: int) -> Iterator[Row]:
+    """What a row gets from decoding the video; its json says how many frames it has."""
+    wanted = frame_numbers(max(said, 1), frames, sampling="uniform")
+    found, pictures = decode.inspect(video, sorted(set(wanted.tolist())))
     if not pictures:
-        return {**row, "error": f"{found.info.frames} frames decode, its json says {meta.frames}"}
+        raise DecodeError(f"{found.info.frames} frames decode, its json says {said}")
     info = found.info
-    row |= {"frames": info.frames, "duration": info.duration, "fps": info.fps, "width": info.width, "height": info.height}
+    row: Row = {"frames": info.frames, "duration": info.duration, "fps": info.fps, "width": info.width, "height": info.height}
     row |= {"codec": info.codec, "container": found.container, "pixel_format": found.pixel_format}
     row |= {"audio_tracks": found.audio_tracks, "rotation": found.rotation, "interval_spread": found.interval_spread}
     lumas = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in pictures]
     hashes = [duplicates.frame_hash(luma) for luma in lumas]
     places = np.searchsorted(np.unique(wanted), wanted).clip(max=len(pictures) - 1)
-    return {
+    yield {
         **row,
         "brightness": float(np.mean([luma.mean() for luma in lumas])),
         "contrast": float(np.mean([luma.std() for luma in lumas])),
@@ -182,7 +192,7 @@ def _motion(lumas: Sequence[Luma]) -> float:
     return float(np.mean(changes)) if changes else 0.0
 
 
-def _strip(pictures: Sequence[decode.Frame]) -> bytes:
+def _strip(pictures: Sequence[Frame]) -> bytes:
     height, width = pictures[0].shape[:2]
     size = (max(round(width * _PICTURE_HEIGHT / height), 1), _PICTURE_HEIGHT)
     chosen = [pictures[place] for place in (0, len(pictures) // 2, -1)]

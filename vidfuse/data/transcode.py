@@ -23,15 +23,13 @@ import av.codec
 import av.error
 
 from vidfuse.config import TranscodeConfig
-from vidfuse.data import contained, decode
-from vidfuse.data.decode import DecodeError, Frame, VideoInfo
+from vidfuse.data import decode
 from vidfuse.data.opencv import cv2
 from vidfuse.data.shards import DataError
+from vidfuse.data.video import DecodeError, Frame, VideoInfo, faults
 
 SUFFIX = "mp4"
 """Of what is made."""
-HANG_SECONDS = 3600.0
-"""How long a video may take in a process of its own; the longest that are read take less."""
 _ENCODER = "libx264"
 _LIMITED = (0, 1)
 """FFmpeg's numbers of the colour ranges that are not full: not told, limited."""
@@ -75,7 +73,7 @@ def into_form(video: bytes, form: TranscodeConfig) -> tuple[bytes, VideoInfo]:
     frames = max(1, round(info.duration * rate)) if form.fps else info.frames
     if frames > decode.MAX_FRAMES:
         raise DecodeError(f"{info.duration:.0f} seconds would be {frames} frames; at most {decode.MAX_FRAMES} are read")
-    with decode.faults():
+    with faults():
         made = _encode(video, info, form, rate, frames)
     found = decode.probe(made)
     _verify(info, found, rate, frames, form)
@@ -93,15 +91,10 @@ def into_form_contained(video: bytes, form: TranscodeConfig | None) -> tuple[byt
         As `into_form`.
 
     Raises:
-        DecodeError: as `into_form`; and where the process crashes, or has not ended after `HANG_SECONDS`.
-        OSError: it was killed, as where no memory is left, or did not start: not the video's fault.
+        DecodeError: as `into_form`; and what `decode.apart` raises.
+        OSError: as `decode.apart`.
     """
-    try:
-        [(made, info)] = contained.iterate(_into_form, video, form, seconds=HANG_SECONDS)
-    except contained.CrashError as error:
-        if error.killed:
-            raise OSError(f"the process that decodes a video was killed ({error}): no memory is left there") from None
-        raise DecodeError(f"the decoder {error}") from None
+    [(made, info)] = decode.apart(_into_form, video, form, seconds=decode.WHOLE_SECONDS)
     return video if made is None else made, info
 
 
@@ -110,13 +103,23 @@ def _into_form(video: bytes, form: TranscodeConfig | None) -> Iterator[tuple[byt
     yield None if made is video else made, info
 
 
+def looked_at(video: bytes, form: TranscodeConfig | None) -> Iterator[tuple[VideoInfo, bool]]:
+    """Yield what a video is, by decoding all of it, and whether it is in a form, as `decode.apart` takes it; `None`: any is.
+
+    Raises:
+        DecodeError: while iterating: as `decode.probe`.
+    """
+    info = decode.probe(video)
+    yield info, form is None or in_form(video, info, form)
+
+
 def in_form(video: bytes, info: VideoInfo, form: TranscodeConfig) -> bool:
     """Whether a video that decodes whole is in a form already; no frame but the first is decoded."""
     if info.codec != "h264" or min(info.width, info.height) > form.short_side:
         return False
     if form.fps and abs(info.fps - form.fps) > 1e-3 * form.fps:
         return False
-    with decode.faults(), av.open(io.BytesIO(video), metadata_errors="ignore") as container:
+    with faults(), av.open(io.BytesIO(video), metadata_errors="ignore") as container:
         if "mp4" not in container.format.name.split(",") or len(container.streams) != 1:
             return False
         stream: Any = container.streams.video[0]

@@ -23,6 +23,7 @@ from vidfuse.config import TranscodeConfig
 from vidfuse.data import decode, shards, tars, transcode
 from vidfuse.data.shards import DataError, IndexRow, Manifest, SampleMeta, ShardInfo, SplitIndex
 from vidfuse.data.tars import Member
+from vidfuse.data.video import DecodeError
 from vidfuse.on_ray import storage
 from vidfuse.on_ray.tasks import Noting, Progress, Teller, run_tasks
 
@@ -256,9 +257,8 @@ def _sample_faults(content: bytes, meta: SampleMeta, rules: Rules) -> Iterator[s
     if not rules.decoding:
         return
     try:
-        info = decode.probe(content)
-        kept = rules.form is None or transcode.in_form(content, info, rules.form)
-    except decode.DecodeError as error:
+        [(info, kept)] = decode.apart(transcode.looked_at, content, rules.form, seconds=decode.WHOLE_SECONDS)
+    except DecodeError as error:
         yield f"undecodable video: {error}"
         return
     found, said = (info.frames, info.width, info.height), (meta.frames, meta.width, meta.height)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from vidfuse.config import TranscodeConfig
-from vidfuse.data import decode, shards, tars, transcode
+from vidfuse.data import shards, tars, transcode
 from vidfuse.data.annotations.source import SourceVideo
-from vidfuse.data.decode import VideoInfo
 from vidfuse.data.planning import PlannedVideo, ShardPlan
 from vidfuse.data.shards import DataError, Quarantined, SampleMeta, ShardRecord
+from vidfuse.data.video import DecodeError, VideoInfo
 from vidfuse.on_ray import storage
 from vidfuse.on_ray.checking import READ_BYTES, Hashed
 from vidfuse.on_ray.tasks import Noting
@@ -187,7 +187,7 @@ def _samples(job: ShardJob, plan: ShardPlan, quarantined: list[Quarantined]) -> 
         try:
             source = _read_video(Path(job.folder), planned)
             content, info = transcode.into_form_contained(source, job.form)
-        except (UnreadableError, decode.DecodeError) as error:
+        except (UnreadableError, DecodeError) as error:
             quarantined.append(Quarantined(split=plan.split, key=video.key, path=video.path, reason=str(error)))
         else:
             suffix = Path(video.path).suffix.lower().lstrip(".") if content is source else transcode.SUFFIX
