@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,28 @@ def test_the_mirror_image_has_a_row_among_places_and_is_named_in_draws(videos):
     assert np.array_equal(mirrored.clip, plain.clip[:, :, ::-1]) and not np.array_equal(mirrored.clip, plain.clip)
     assert sum(", mirrored" in row.caption for row in rows_of("draws", contents, config, draws=8)) not in (0, 8)
     assert "mirrored" not in [row.caption for row in rows_of("colours", contents, config)]
+
+
+def test_the_pictures_of_the_page_are_what_its_commands_draw(tmp_path, monkeypatch):
+    """As they are in the page: who changes a transform draws it anew."""
+    page = (support.REPO / "docs/augmentation.md").read_text()
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "jobs.render" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs/augmentation").mkdir(parents=True)
+    for line in block.splitlines():
+        name, *arguments = shlex.split(line)[2:]
+        assert importlib.import_module(name).main(arguments) == 0
+    drawn = {
+        path.name: np.asarray(Image.open(path).convert("RGB"), np.int16) for path in tmp_path.glob("docs/augmentation/*.png")
+    }
+    assert (
+        set(drawn)
+        == {path.name for path in (support.REPO / "docs/augmentation").iterdir()}
+        == set(re.findall(r"augmentation/(\w+\.png)\)", page))
+    )
+    for name, picture in drawn.items():
+        there = np.asarray(Image.open(support.REPO / "docs/augmentation" / name).convert("RGB"), np.int16)
+        assert there.shape == picture.shape and np.abs(there - picture).mean() < 1, name
 
 
 def test_what_is_no_video_is_said(tmp_path, videos):
