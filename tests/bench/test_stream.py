@@ -83,11 +83,10 @@ def bare(process: int) -> int:
 
 @pytest.mark.parametrize("form", ["as they are", "transcoded"])
 @pytest.mark.parametrize("place", ["folder", "s3"])
-def test_the_stream_is_near_the_decoder(request, ray_cluster, tmp_path_factory, place, form):
+def test_the_stream_is_near_the_decoder(s3, ray_cluster, tmp_path_factory, place, form):
     folder = tmp_path_factory.getbasetemp() / "stream"
     folder.mkdir(exist_ok=True)
-    s3 = request.getfixturevalue("s3") if place == "s3" else None
-    url = written(folder, TranscodeConfig() if form == "transcoded" else None, s3.url("bench") if s3 else None)
+    url = written(folder, TranscodeConfig() if form == "transcoded" else None, s3.url("bench") if place == "s3" else None)
     filesystem, root = open_storage(url)
     manifest = read_manifest(filesystem, root)
     packed = PackedSet(filesystem, root, manifest, {"train": read_index(filesystem, root, "train")})
@@ -102,7 +101,7 @@ def test_the_stream_is_near_the_decoder(request, ray_cluster, tmp_path_factory, 
     videos = len(packed.indices["train"])
 
     def server_seconds() -> float:
-        return sum(psutil.Process(s3.pid).cpu_times()[:2]) if s3 else 0.0
+        return sum(psutil.Process(s3.pid).cpu_times()[:2])
 
     def stream() -> tuple[float, float]:
         """Clips a second, and the share of the cores' time that the server takes."""
