@@ -33,7 +33,7 @@ import numpy.typing as npt
 from vidfuse.data.ranges import EndError, filesystem_of, read_range
 from vidfuse.data.shards import DataError, Frozen, parse_record
 
-FORMAT = 3
+FORMAT = 4
 """Of a cache; raised, too, when a version of vidfuse makes other clips or tokens of the same videos."""
 MANIFEST, CHECKS = "features.json", "checks.bin"
 PART_VIDEOS = 16

@@ -36,7 +36,7 @@ import numpy.typing as npt
 from vidfuse.data.opencv import cv2
 from vidfuse.data.transforms import Box
 
-FORMAT = 2
+FORMAT = 3
 """Of an entry; raised, too, when a version of vidfuse makes other pixels of the same key."""
 FREE_SHARE = 0.06
 """Of the disk that is left to others: Ray (2.60) writes nothing more to one that is 95 % full, and a training on it may stop."""
