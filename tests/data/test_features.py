@@ -152,7 +152,7 @@ def test_checks_are_read_once_by_a_process(cache, monkeypatch):
 def test_another_format_is_told(cache):
     path = cache[0] / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 3"):
+    with pytest.raises(DataError, match="format 99, this version of vidfuse reads 4"):
         open_features(pafs.LocalFileSystem(), str(cache[0]))
 
 
