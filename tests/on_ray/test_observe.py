@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 
 from vidfuse.on_ray import monitor, observe
@@ -81,7 +83,7 @@ def test_peaks_are_found_by_name(gpu, peak):
 
 def test_time_lost_is_from_the_last_step_before_a_restart_to_the_first_new_one(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(monitor.time, "time", lambda: now[0])
+    monkeypatch.setattr(monitor, "time", Mock(time=lambda: now[0]))
     tries = Tries()
 
     def at(time: float, step: int) -> None:

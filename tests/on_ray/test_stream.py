@@ -339,7 +339,7 @@ def test_a_stream_has_its_share_of_the_cpus_though_another_asked_for_all(packed,
 )
 def test_the_control_loop_rests_the_longer_the_more_blocks_wait(monkeypatch, tasks, waiting, seconds):
     rests = []
-    monkeypatch.setattr(stream_module.time, "sleep", rests.append)
+    monkeypatch.setattr(stream_module, "time", Mock(sleep=rests.append))  # of this module alone: other threads sleep, too
     policy, op = object.__new__(stream_module.Share), Mock()
     op.num_active_tasks.return_value = tasks
     policy._topology = {op: Mock(**{"output_queue.num_blocks": waiting, "total_enqueued_output_blocks.return_value": 400})}

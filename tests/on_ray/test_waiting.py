@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -189,7 +190,7 @@ def told(monkeypatch):
         reason: str | None = "held by second"
 
     lines: list[str] = []
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(waiting, "time", Mock(monotonic=lambda: Clock.now))
     monkeypatch.setattr(waiting, "why", lambda asked, controller: Clock.reason)
     return Waiting(GPUS, lines.append), lines, Clock
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,7 +19,7 @@ LONG = 10**9
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(due_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(due_module, "time", Mock(monotonic=lambda: now[0]))
     return now
 
 
