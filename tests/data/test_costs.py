@@ -97,18 +97,19 @@ def test_no_more_memory_is_kept_than_is_used_at_a_time(monkeypatch):
 
 def test_the_threads_that_fetch_are_kept_unless_a_fetch_fails(videos, monkeypatch):
     root, rows = videos
+    rows = rows[::-1]  # each is a request of its own
     reader, seen, release = reader_of(root), [], threading.Event()
     monkeypatch.setattr(clips, "_own", threading.local())
 
-    def fetch(filesystem, path, offset, size):
+    def fetch(filesystem, run):
         seen.append(threading.current_thread())
-        if size == -1:
+        if run[0].size == -1:
             raise OSError("the storage is gone")
-        if size == -2:
+        if run[0].size == -2:
             release.wait(60)
-        return clips.Fetched(b"")
+        return [ranges.Fetched(b"")] * len(run)
 
-    monkeypatch.setattr(clips, "_fetch", fetch)
+    monkeypatch.setattr(clips, "fetch", fetch)
     for _ in range(3):
         reader.read(Part(None, rows))
     assert len(set(seen)) <= clips.FETCHES_AT_ONCE

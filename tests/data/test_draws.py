@@ -55,19 +55,27 @@ def test_a_curriculum_draws_from_the_easiest_and_then_from_all():
     assert both.sum() == N and (both[difficulty >= 50] == 0).all()
 
 
-def test_an_order_has_each_use_once_in_sequence():
+@pytest.mark.parametrize("block", [1, 8])
+def test_an_order_has_each_use_once_in_sequence(block):
     uses = Draws(np.random.default_rng(1).gamma(0.5, size=N)).uses(N, seed=0, epoch=0)
-    order = epoch_order(N, seed=0, epoch=0, uses=uses)
+    order = epoch_order(N, seed=0, epoch=0, uses=uses, block=block)
     samples, before = use_of(order, N)
     assert len(set(order)) == N and np.array_equal(np.bincount(samples, minlength=N), uses)
     for sample in range(N):
         assert before[samples == sample].tolist() == list(range(uses[sample]))
 
 
+def test_blocks_of_a_weighted_epoch_are_of_different_samples():
+    uses = Draws(balanced(np.arange(N) % 8 == 0)).uses(N, seed=0, epoch=0)
+    samples, _ = use_of(epoch_order(N, seed=0, epoch=0, uses=uses, block=8), N)
+    assert uses.max() == 4 and all(len(set(block)) == 8 for block in samples.reshape(-1, 8))
+
+
+@pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_what_is_left_after_some_steps_is_the_rest(workers):
+def test_what_is_left_after_some_steps_is_the_rest(workers, block):
     uses = Draws(np.random.default_rng(2).gamma(0.3, size=N)).uses(N, seed=0, epoch=0)
-    order = epoch_order(N, seed=0, epoch=0, uses=uses)
+    order = epoch_order(N, seed=0, epoch=0, uses=uses, block=block)
     ledger = Ledger({"a.tar": N})
     for rank in range(workers):
         rows = rank_rows(order, World(workers, rank, 16, 2))[: 5 * 16 // (2 * workers)]  # five steps

@@ -77,3 +77,34 @@ def test_epochs_and_seeds_are_unrelated():
     places = [np.argsort(order) for order in orders]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert abs(np.corrcoef(places[i], places[j])[0, 1]) < 4 / SAMPLES**0.5
+
+
+@pytest.mark.parametrize("block", [4, 8, 7])
+def test_blocks_are_shuffled_as_single_samples_are(block):
+    """Neighbours follow each other, blocks begin elsewhere in each epoch, and their places are those of chance."""
+    rng = np.random.default_rng(0)
+    whole = SAMPLES // block * block
+    starts = set()
+    for figure in (displacement, told_by_shard):
+        chance = [figure(chance_of_blocks(rng, block)) for _ in range(30)]
+        ours = []
+        for epoch in range(6):
+            order = epoch_order(SAMPLES, seed=0, epoch=epoch, block=block)
+            assert np.array_equal(np.sort(order), np.arange(SAMPLES))
+            blocks = order[:whole].reshape(-1, block)
+            assert ((blocks[:, 1:] - blocks[:, :-1]) % SAMPLES == 1).all()
+            starts.add(int(order[0]) % block)
+            ours.append(figure(order))
+        assert np.abs(np.array(ours) - np.mean(chance)).max() < 4 * np.std(chance, ddof=1), (figure, ours)
+    assert len(starts) > 1
+    fewer = shards_in_a_batch(epoch_order(SAMPLES, seed=0, epoch=0, block=block))
+    assert fewer <= BATCH / block + 2 * BATCH / PER_SHARD + 2 < shards_in_a_batch(epoch_order(SAMPLES, seed=0, epoch=0))
+
+
+def chance_of_blocks(rng: np.random.Generator, block: int) -> np.ndarray:
+    starts = rng.permutation(np.arange(0, SAMPLES, block))
+    return np.concatenate([np.arange(start, min(start + block, SAMPLES)) for start in starts])
+
+
+def test_a_set_that_is_smaller_than_a_block_is_used_whole():
+    assert sorted(epoch_order(5, seed=0, epoch=0, block=8)) == list(range(5))

@@ -57,11 +57,11 @@ def feed_of(packed: PackedSet, size: int, rank: int, **data) -> Feed:
     return Feed(config, packed, World(size, rank, 12, 2), pull)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_an_epoch_uses_every_sample_once_in_equal_steps(packed, workers):
+@pytest.mark.parametrize(("workers", "block"), [(1, 1), (2, 1), (3, 1), (2, 4)])
+def test_an_epoch_uses_every_sample_once_in_equal_steps(packed, workers, block):
     steps, used = set(), []
     for rank in range(workers):
-        feed = feed_of(packed, workers, rank)
+        feed = feed_of(packed, workers, rank, shuffle_block=block)
         for epoch in (0, 1):
             count = 0
             for micro_batches in feed.train(epoch, feed.order(epoch)):

@@ -55,6 +55,10 @@ class DataConfig(Section):
     often; else a CSV file (path or `s3://` URL) with the columns `key,value`: weights."""
     curriculum: Curriculum | None = None
     """Easy samples first. `null`: all of them from the start."""
+    shuffle_block: int = Field(1, ge=1, le=64)
+    """Neighbours in a shard that stay together in an epoch's order, and are asked of the storage in one request. 1: the order is a
+    permutation of single samples. 4 or 8 spare object storage and hard disks most of their requests; who is whose neighbour is chance
+    (packing orders by a hash of keys), but much the same in each epoch."""
     crop_area: tuple[float, float] = (0.5, 1.0)
     """Smallest and largest share of the frame's area that a training crop takes."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)

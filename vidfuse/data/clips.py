@@ -34,14 +34,14 @@ from vidfuse.data.decode import decode_frames
 from vidfuse.data.features import BITS, FeatureSet
 from vidfuse.data.flips import NEVER, Classes
 from vidfuse.data.frame_cache import Clip, FrameCache, key_of
-from vidfuse.data.ranges import EndError, read_range
+from vidfuse.data.ranges import EndError, Fetched, Range, fetch, joined
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
 from vidfuse.data.shards import SplitIndex
 from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
 from vidfuse.data.video import DecodeError
 
 FETCHES_AT_ONCE = 8
-"""Byte ranges that a reading task asks of the storage at the same time."""
+"""Requests that a reading task makes of the storage at the same time."""
 CROPS, FRAMES, CHANGES = 1, 2, 3
 """Purposes that keep the draws of one sample apart; after the first clip of a video, the number of the repeat follows, and
 after its first use in a weighted epoch the number of the use."""
@@ -90,13 +90,6 @@ class View(NamedTuple):
 
 Missing = list[tuple[View, Clip]]
 """Views that are to be decoded, each with the place of its clip [T, H, W, 3]."""
-
-
-class Fetched(NamedTuple):
-    """The bytes of a video, or why they are not there."""
-
-    content: bytes | DecodeError
-    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,8 +186,8 @@ class ClipReader:
             out["label"][place] = [plan.label for plan in some]
             out["retries"][place.start], began = fetched.retries, time.perf_counter()
             try:
-                if isinstance(fetched.content, DecodeError):
-                    raise fetched.content
+                if isinstance(fetched.content, EndError):
+                    raise _truncated(video, fetched.content)
                 out["bytes"][place.start] = len(fetched.content)
                 if self.decodes:
                     self._make(cache, video, fetched.content, left)
@@ -260,9 +253,9 @@ class ClipReader:
         """The bytes of each video; empty for `None`."""
         state = pickle.dumps(self.filesystem)
         with _threads() as pool:
-            jobs = [pool.submit(_fetch, state, f"{self.root}/{v.shard}", v.offset, v.size) if v else None for v in videos]
-            for job in jobs:
-                yield job.result() if job else Fetched(b"")
+            wanted = [Range(f"{self.root}/{v.shard}", v.offset, v.size) if v else None for v in videos]
+            for job in [pool.submit(fetch, state, run) for run in joined(wanted)]:
+                yield from job.result()
 
     def decode(self, content: bytes, plans: Sequence[View], out: Clip) -> None:
         """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""
@@ -383,15 +376,5 @@ def _video(index: SplitIndex, number: int) -> Video | None:
     )
 
 
-def _fetch(filesystem: bytes, path: str, offset: int, size: int) -> Fetched:
-    """A video of a shard.
-
-    Raises:
-        OSError: the storage does not give it.
-    """
-    retries: list[None] = []
-    try:
-        return Fetched(read_range(filesystem, path, offset, size, again=lambda: retries.append(None)), len(retries))
-    except EndError as end:
-        reason = f"the shard ends at byte {end.size}, this video at {offset + size}: it is truncated"
-        return Fetched(DecodeError(reason), len(retries))
+def _truncated(video: Video, end: EndError) -> DecodeError:
+    return DecodeError(f"the shard ends at byte {end.size}, this video at {video.offset + video.size}: it is truncated")

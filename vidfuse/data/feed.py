@@ -86,7 +86,8 @@ class Feed:
 
     def order(self, epoch: int) -> Samples:
         """The order of an epoch."""
-        return epoch_order(self.train_samples, seed=self.config.seed, epoch=epoch, uses=self.uses(epoch))
+        block = self.config.data.shuffle_block
+        return epoch_order(self.train_samples, seed=self.config.seed, epoch=epoch, uses=self.uses(epoch), block=block)
 
     def train(self, epoch: int, left: Samples) -> Iterator[tuple[Batch, ...]]:
         """Optimizer steps of what is left of an epoch, each as its micro batches.

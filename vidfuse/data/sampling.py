@@ -3,9 +3,10 @@
 Comes in: counts, a seed, an epoch, a world. Goes out: arrays of sample numbers (rows of a split's index) and of frame numbers.
 
 The order of an epoch is one permutation of the whole split, drawn from (seed, epoch): no shuffle buffer, the same at every
-world size. A step takes the next `global_batch` samples of the order; inside a step, micro step j of rank r takes
-`micro_batch` of them. So the samples of a step do not depend on the number of workers, and an epoch has
-`ceil(samples / global_batch)` steps for any of them. The last step is padded with `PADDING`.
+world size. It is one of single samples, or of short blocks of neighbours that a storage gives at one request. A step takes the
+next `global_batch` samples of the order; inside a step, micro step j of rank r takes `micro_batch` of them. So the samples of a
+step do not depend on the number of workers, and an epoch has `ceil(samples / global_batch)` steps for any of them. The last step
+is padded with `PADDING`.
 """
 
 from __future__ import annotations
@@ -54,27 +55,41 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([k & 0xFFFFFFFF for k in key])))
 
 
-def epoch_order(samples: int, *, seed: int, epoch: int, uses: npt.NDArray[np.uint8] | None = None) -> Samples:
-    """The order of an epoch: a random permutation of its uses, a pure function of (uses, seed, epoch).
+def epoch_order(samples: int, *, seed: int, epoch: int, uses: npt.NDArray[np.uint8] | None = None, block: int = 1) -> Samples:
+    """The order of an epoch: a random permutation of its uses, a pure function of (uses, seed, epoch, block).
 
     Args:
         samples: of the split.
         seed: of the run.
         epoch: from 0.
         uses: of each sample, if it is not once; their sum is `samples`.
+        block: samples that are neighbours in the index and stay so. Where blocks begin is drawn for each epoch; what fills none comes
+            last. (Blocks of shards are shuffled by MosaicML's Streaming, too: its `shuffle_block_size`.)
 
     Returns:
         [samples] sample numbers; the n-th further use of a sample in this order is its number + n x samples (`use_of`).
     """
-    order = generator(seed, epoch, 0).permutation(samples).astype(np.int64)
+    rng = generator(seed, epoch, 0)
+    order = rng.permutation(samples).astype(np.int64) if block == 1 else _blocks(samples, block, rng)
     if uses is None:
         return order
-    order = np.repeat(np.arange(samples), uses)[order]
+    entries = np.repeat(np.arange(samples), uses)
+    if block > 1:  # all first uses, then all second ones: neighbours are other samples
+        entries = np.concatenate([np.flatnonzero(uses > use) for use in range(int(uses.max()))])
+    order = entries[order]
     grouped = np.argsort(order, kind="stable")
     before = np.cumsum(uses, dtype=np.int64) - uses
     further = np.empty(samples, np.int64)
     further[grouped] = np.arange(samples) - before[order[grouped]]
     return order + further * samples
+
+
+def _blocks(samples: int, block: int, rng: np.random.Generator) -> Samples:
+    first = rng.integers(samples)
+    numbers = (np.arange(samples, dtype=np.int64) + first) % samples
+    whole = samples // block * block
+    shuffled = rng.permutation(numbers[:whole].reshape(-1, block)).reshape(-1)
+    return np.concatenate([shuffled, numbers[whole:]])
 
 
 def use_of(numbers: Samples, samples: int) -> tuple[Samples, Samples]:
