@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zlib
 
 import numpy as np
@@ -12,9 +13,10 @@ from pyarrow import fs as pafs
 from safetensors.torch import load_file
 
 from tests.data.test_repeats import reader_of
-from vidfuse.config import ConfigError, from_mapping
+from vidfuse.config import ConfigError, DataConfig, from_mapping
+from vidfuse.data import clips
 from vidfuse.data import features as features_module
-from vidfuse.data.clips import Part
+from vidfuse.data.clips import ClipReader, Part, Video
 from vidfuse.data.features import (
     BITS,
     CHECKS,
@@ -22,6 +24,7 @@ from vidfuse.data.features import (
     NAN,
     PART_VIDEOS,
     FeatureManifest,
+    FeatureSet,
     PartRecord,
     Recipe,
     encode_checks,
@@ -31,10 +34,16 @@ from vidfuse.data.features import (
     parts_of_draw,
     row_checks,
 )
+from vidfuse.data.ranges import fetch
 from vidfuse.data.shards import DataError, dump_record
 
 RECIPE = Recipe(stream="motion", split="train", choices={"frames": 4}, content={"weights": "a" * 64, "packed set": "b"})
 TOKENS, WIDTH, SAMPLES, DRAWS = 3, 4, PART_VIDEOS + 5, 2
+
+
+def read(features: FeatureSet, draw: int, sample: int) -> tuple[np.ndarray, str]:
+    (fetched,) = fetch(pickle.dumps(features.filesystem), [features.place(draw, sample)])
+    return features.rows(draw, sample, fetched)
 
 
 def numbers(draw: int, sample: int) -> np.ndarray:
@@ -88,7 +97,7 @@ def test_a_row_is_that_of_its_video_and_draw(cache):
     assert parts_of_draw(SAMPLES) == 2
     for draw in range(DRAWS):
         for sample in (0, 1, PART_VIDEOS - 1, PART_VIDEOS, SAMPLES - 1):
-            bits, reason = features.read(draw, sample)
+            bits, reason = read(features, draw, sample)
             assert reason == "" and bits.shape == (1, TOKENS, WIDTH)
             torch.testing.assert_close(
                 values_of(bits, precision)[0], torch.from_numpy(numbers(draw, sample)), rtol=4e-3, atol=0
@@ -104,7 +113,7 @@ def test_a_part_is_a_safetensors_file_that_anyone_can_read(cache):
 
 def test_an_unreadable_row_says_why(cache):
     features, _ = open_features(pafs.LocalFileSystem(), str(cache[0]))
-    assert features.read(1, 7)[1] == "s\tk\tbroken"
+    assert read(features, 1, 7)[1] == "s\tk\tbroken"
 
 
 def test_a_part_that_was_cut_off_is_told(cache):
@@ -113,7 +122,7 @@ def test_a_part_that_was_cut_off_is_told(cache):
     path.write_bytes(path.read_bytes()[:-4])
     features, _ = open_features(pafs.LocalFileSystem(), str(root))
     with pytest.raises(DataError, match="is shorter than it was written; remove"):
-        features.read(0, 2 * PART_VIDEOS - 1)
+        read(features, 0, 2 * PART_VIDEOS - 1)
 
 
 def test_a_row_that_is_not_what_was_written_is_told_with_its_part(cache):
@@ -124,9 +133,9 @@ def test_a_row_that_is_not_what_was_written_is_told_with_its_part(cache):
     content[manifest.header_bytes + 4 * features.row_bytes + 1] ^= 1  # a bit of row 4 in the second draw's first part
     path.write_bytes(content)
     for sample in (3, 5):
-        assert features.read(1, sample)[1] == ""
+        assert read(features, 1, sample)[1] == ""
     with pytest.raises(DataError, match=rf"{part_name(2)}\.safetensors: row 4 is not what was written; remove {path} and run"):
-        features.read(1, 4)
+        read(features, 1, 4)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-1] + bytes([content[-1] ^ 1])])
@@ -136,7 +145,7 @@ def test_checks_that_are_not_what_was_written_are_told(cache, damage):
     path.write_bytes(damage(path.read_bytes()))
     features, _ = open_features(pafs.LocalFileSystem(), str(root))
     with pytest.raises(DataError, match=rf"^{path} is not what was written; remove {path} and run"):
-        features.read(0, 0)
+        read(features, 0, 0)
 
 
 def test_checks_are_read_once_by_a_process(cache, monkeypatch):
@@ -145,8 +154,25 @@ def test_checks_are_read_once_by_a_process(cache, monkeypatch):
     plain = features_module.read_range
     monkeypatch.setattr(features_module, "read_range", lambda state, path, *of: asked.append(path) or plain(state, path, *of))
     for sample in range(SAMPLES):
-        features.read(0, sample)
-    assert len(asked) == SAMPLES + 1 and len([path for path in asked if path.endswith(CHECKS)]) == 1
+        read(features, 0, sample)
+    assert asked == [f"{cache[0]}/{CHECKS}"]
+
+
+def test_rows_that_lie_side_by_side_take_one_request(cache, monkeypatch):
+    features, _ = open_features(pafs.LocalFileSystem(), str(cache[0]))
+    config = DataConfig(classes=3, views=DRAWS)
+    reader = ClipReader(pafs.LocalFileSystem(), "", config, 0, features=(features,), decodes=False)
+    requests = []
+    monkeypatch.setattr(clips, "fetch", lambda state, run: requests.append(len(run)) or fetch(state, run))
+    samples = [3, 4, 5, 7, PART_VIDEOS, PART_VIDEOS + 1, 2]
+    columns = reader.read(Part(1, tuple(Video(s, "a.tar", f"k{s}", 0, 0, 1, 8, 32, 32) for s in samples)))
+    assert sorted(n for n in requests if n) == [1, 2, 4]
+    assert (
+        columns["error"].tolist() == [""] * 3 + ["s\tk\tbroken"] + [""] * 3
+        and columns["weight"].tolist() == [1] * 3 + [0] + [1] * 3
+    )
+    for sample, row in zip(samples, columns["tokens.motion"], strict=True):
+        assert sample == 7 or np.array_equal(row, read(features, 1, sample)[0][0])
 
 
 def test_another_format_is_told(cache):

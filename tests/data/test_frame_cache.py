@@ -174,6 +174,18 @@ def test_keys_tell_apart_whatever_changes_pixels():
     assert len({key_of(*arguments) for arguments in [base, base, *others]}) == 1 + len(others)
 
 
+def test_clips_of_a_former_version_are_not_used_and_go_first(videos, tmp_path, work, monkeypatch):
+    root, rows = videos
+    entry = ENTRY - int(np.prod(SHAPE)) + 4 * 32 * 32 * 3
+    with monkeypatch.context() as former:
+        former.setattr(frame_cache, "FORMAT", frame_cache.FORMAT - 1)
+        reader_of(root, tmp_path, clips=2, frame_cache_bytes=3 * entry).read(Part(None, rows[:1]))
+    (before,) = {tuple(entries(tmp_path))}
+    assert len(before) == 2
+    reader_of(root, tmp_path, clips=3, frame_cache_bytes=3 * entry).read(Part(None, rows[:1]))
+    assert work["fetched"] == 2 and len(entries(tmp_path)) == 3 and not set(before) & set(entries(tmp_path))
+
+
 # --- the folder ---
 
 
@@ -192,7 +204,7 @@ def held(cache: FrameCache) -> list[int]:
 
 def total(folder: Path) -> int:
     """Bytes of all entries, while none comes, goes or is given its name."""
-    with frame_cache._locked(next(folder.glob("clips-*")) / "bytes"):
+    with frame_cache._locked(folder / "clips/bytes"):
         return _total(folder)
 
 

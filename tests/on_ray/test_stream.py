@@ -97,10 +97,10 @@ def test_streams_end_inside_of_epochs_and_lose_nothing(packed, workers, monkeypa
     assert order[1] == order[512] and sum(s >= 0 for rows in order[1] for s in rows) == 3 * TRAIN
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_scoring_sees_every_sample_once_with_all_its_views(packed, workers):
+@pytest.mark.parametrize(("workers", "block"), [(1, 1), (2, 1), (3, 1), (2, 4), (3, 8)])
+def test_scoring_sees_every_sample_once_with_all_its_views(packed, workers, block):
     batches = {
-        rank: list(feed_of(packed, workers, rank).score("validation", clips=2, crops=3, micro_batch=4))
+        rank: list(feed_of(packed, workers, rank, shuffle_block=block).score("validation", clips=2, crops=3, micro_batch=4))
         for rank in range(workers)
     }
     assert len({len(b) for b in batches.values()}) == 1

@@ -176,7 +176,13 @@ class ClipReader:
             self._missing(cache, video, some, out["clip"][place]) if video and self.decodes else []
             for video, some, place in zip(part.videos, plans, places, strict=True)
         ]
-        contents = self._contents([video if left else None for video, left in zip(part.videos, missing, strict=True)])
+        contents = _fetched(
+            self.filesystem,
+            [
+                Range(f"{self.root}/{video.shard}", video.offset, video.size) if video and left else None
+                for video, left in zip(part.videos, missing, strict=True)
+            ],
+        )
         for video, place, some, left, fetched in zip(part.videos, places, plans, missing, contents, strict=True):
             if video is None:
                 if self.decodes:
@@ -210,17 +216,17 @@ class ClipReader:
             if video is not None
             for repeat in range(1 if part.epoch is None else views)
         ]
-        with _threads() as pool:
-            jobs = [(row, pool.submit(of.read, draw, sample)) for row, draw, sample in wanted]
-            for row, job in jobs:
-                bits, reason = job.result()
-                place = slice(row, row + of.made.views)
-                if not reason:
-                    column[place] = bits
-                    out["bytes"][row] += bits.nbytes
-                    continue
-                out["weight"][place] = 0
-                out["error"][place] = [before or reason for before in out["error"][place]]
+        places = [of.place(draw, sample) for _, draw, sample in wanted]
+        for (row, draw, sample), fetched in zip(wanted, _fetched(of.filesystem, places), strict=True):
+            bits, reason = of.rows(draw, sample, fetched)
+            place = slice(row, row + of.made.views)
+            out["retries"][row] += fetched.retries
+            if not reason:
+                column[place] = bits
+                out["bytes"][row] += bits.nbytes
+                continue
+            out["weight"][place] = 0
+            out["error"][place] = [before or reason for before in out["error"][place]]
 
     def _cache(self, epoch: int | None) -> FrameCache | None:
         """Where clips are kept that come again: those of finite `data.views`, and of testing."""
@@ -248,14 +254,6 @@ class ClipReader:
         if missing and cache is not None and video.sha256:
             for key, clip in {self._key(video, plan): clip for plan, clip in missing}.items():
                 cache.store(key, clip)
-
-    def _contents(self, videos: Sequence[Video | None]) -> Iterator[Fetched]:
-        """The bytes of each video; empty for `None`."""
-        state = pickle.dumps(self.filesystem)
-        with _threads() as pool:
-            wanted = [Range(f"{self.root}/{v.shard}", v.offset, v.size) if v else None for v in videos]
-            for job in [pool.submit(fetch, state, run) for run in joined(wanted)]:
-                yield from job.result()
 
     def decode(self, content: bytes, plans: Sequence[View], out: Clip) -> None:
         """Fill `out` [views, T, H, W, 3]; each wanted frame is decoded once, whatever the number of views using it."""
@@ -298,6 +296,14 @@ class ClipReader:
         box = random_box(video.height, video.width, area=data.crop_area, aspect=data.crop_aspect, flip=flip, rng=crops)
         label = image if box.mirrored else video.label
         return View(numbers, box, label, augment.draw(data.augment, data.size, changes))
+
+
+def _fetched(filesystem: Any, wanted: Sequence[Range | None]) -> Iterator[Fetched]:
+    """The bytes of each range; none of `None`."""
+    state = pickle.dumps(filesystem)
+    with _threads() as pool:
+        for job in [pool.submit(fetch, state, run) for run in joined(wanted)]:
+            yield from job.result()
 
 
 @contextlib.contextmanager

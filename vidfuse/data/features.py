@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vidfuse.data.ranges import EndError, filesystem_of, read_range
+from vidfuse.data.ranges import EndError, Fetched, Range, filesystem_of, read_range
 from vidfuse.data.shards import DataError, Frozen, parse_record
 
 FORMAT = 4
@@ -138,29 +138,33 @@ class FeatureSet:
         """(N, D)."""
         return self.made.tokens, self.made.width
 
-    def read(self, draw: int, sample: int) -> tuple[npt.NDArray[Any], str]:
-        """The rows of a video in a draw: bit patterns [views, N, D], and why it could not be read (or "").
+    def place(self, draw: int, sample: int) -> Range:
+        """Where the rows of a video in a draw are."""
+        number, row = self._row(draw, sample)
+        path, start = f"{self.root}/{part_name(number)}.safetensors", self.made.header_bytes + row * self.row_bytes
+        return Range(path, start, self.made.views * self.row_bytes)
+
+    def rows(self, draw: int, sample: int, fetched: Fetched) -> tuple[npt.NDArray[Any], str]:
+        """What was fetched of that place: bit patterns [views, N, D], and why the video could not be read (or "").
 
         Raises:
-            OSError: the storage does not give them.
+            OSError: the storage does not give what they are checked by.
             DataError: the part is shorter than it was, or the rows are not those that were written.
         """
-        number = draw * parts_of_draw(self.made.samples) + sample // PART_VIDEOS
-        row = sample % PART_VIDEOS * self.made.views
-        path = f"{self.root}/{part_name(number)}.safetensors"
-        state = _state(self.filesystem)
-        start, size = self.made.header_bytes + row * self.row_bytes, self.made.views * self.row_bytes
-        try:
-            content = read_range(state, path, start, size)
-        except EndError:
-            raise DataError(f"{path} is shorter than it was written; {_ANEW.format(path)}") from None
-        first = number * PART_VIDEOS * self.made.views + row
+        (number, row), path, content = self._row(draw, sample), self.place(draw, sample).path, fetched.content
+        if isinstance(content, EndError):
+            raise DataError(f"{path} is shorter than it was written; {_ANEW.format(path)}")
+        state, first = pickle.dumps(self.filesystem), number * PART_VIDEOS * self.made.views + row
         if row_checks(content, self.made.views) != self._checks(state)[first : first + self.made.views].tolist():
             raise DataError(f"{path}: row {row} is not what was written; {_ANEW.format(path)}")
         bits = np.frombuffer(content, BITS[self.made.precision]).reshape(self.made.views, *self.row_shape)
         if bits[0, 0, 0] == NAN[self.made.precision] and (bits[0] == NAN[self.made.precision]).all():
             return bits, _reasons(state, f"{self.root}/{part_name(number)}.json").get(row, "\t\tunreadable when it was cached")
         return bits, ""
+
+    def _row(self, draw: int, sample: int) -> tuple[int, int]:
+        """The number of a part, and of the first row of a video in it."""
+        return draw * parts_of_draw(self.made.samples) + sample // PART_VIDEOS, sample % PART_VIDEOS * self.made.views
 
     def _checks(self, filesystem: bytes) -> npt.NDArray[np.uint32]:
         rows = self.made.draws * parts_of_draw(self.made.samples) * PART_VIDEOS * self.made.views
@@ -229,10 +233,6 @@ def _short(value: str) -> str:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _state(filesystem: Any) -> bytes:
-    return pickle.dumps(filesystem)
 
 
 @lru_cache(maxsize=16)

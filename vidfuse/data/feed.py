@@ -112,7 +112,8 @@ class Feed:
         cached = (clips, crops, flip) == (1, 1, False) and split != self.config.data.train_split
         reader = self._reader(split, clips, crops, flip, cached=cached)
         per_part = self._videos_per_part(reader, micro_batch, views=reader.views(None))
-        world = World(self.world.size, self.world.rank, global_batch=self.world.size, micro_batch=1)
+        block = self.config.data.shuffle_block
+        world = World(self.world.size, self.world.rank, global_batch=self.world.size * block, micro_batch=block)
         mine = rank_rows(np.arange(len(index), dtype=np.int64), world).reshape(-1)
         parts = parts_of(index, mine, per_part, epoch=None)
         return (_batch(columns, reader) for columns in relay(self._pull, reader, iter(parts), micro_batch))

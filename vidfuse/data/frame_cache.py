@@ -1,8 +1,8 @@
 """Decoded clips on a machine's local disk, shared by its reading processes.
 
-    <folder>/clips-<format>/<2 hex>/<62 hex>.clip    a header (the key, CRC-32 of the pixels) and the pixels
-    <folder>/clips-<format>/<2 hex>/*.part           one that is being written
-    <folder>/clips-<format>/bytes                    what is held, as a number; who writes it locks it
+    <folder>/clips/<2 hex>/<62 hex>.clip    a header (the key, CRC-32 of the pixels) and the pixels
+    <folder>/clips/<2 hex>/*.part           one that is being written
+    <folder>/clips/bytes                    what is held, as a number; who writes it locks it
 
 Comes in: the key of a clip, which names its pixels whatever they are wanted for (`key_of`). Goes out: the clip, if it is there and
 whole. An entry appears by renaming. When there is no room, within the bound or on the disk, the least recently used entries go, a tenth at
@@ -37,7 +37,7 @@ from vidfuse.data.opencv import cv2
 from vidfuse.data.transforms import Box
 
 FORMAT = 3
-"""Of an entry; raised, too, when a version of vidfuse makes other pixels of the same key."""
+"""Part of each key: raised when a version of vidfuse makes other pixels. Entries of former ones are used no more, and go first."""
 FREE_SHARE = 0.06
 """Of the disk that is left to others: Ray (2.60) writes nothing more to one that is 95 % full, and a training on it may stop."""
 LOCK_SECONDS = 5.0
@@ -87,8 +87,8 @@ class FrameCache:
 
     @property
     def root(self) -> Path:
-        """The folder of this format's entries."""
-        return Path(self.folder, f"clips-{FORMAT}")
+        """The folder of the entries."""
+        return Path(self.folder, "clips")
 
     def path(self, key: bytes) -> Path:
         """Where the entry of a key is."""
