@@ -148,6 +148,22 @@ def test_checks_that_are_not_what_was_written_are_told(cache, damage):
         read(features, 0, 0)
 
 
+def test_a_damaged_row_costs_its_own_video(cache):
+    root, _ = cache
+    path = root / f"{part_name(0)}.safetensors"
+    features, manifest = open_features(pafs.LocalFileSystem(), str(root))
+    content = bytearray(path.read_bytes())
+    content[manifest.header_bytes + 4 * features.row_bytes + 1] ^= 1
+    path.write_bytes(content)
+    reader = ClipReader(pafs.LocalFileSystem(), "", DataConfig(classes=3), 0, features=(features,), decodes=False)
+    columns = reader.read(Part(None, tuple(Video(s, "a.tar", f"k{s}", 0, 0, 1, 8, 32, 32) for s in (3, 4, 5))))
+    assert columns["weight"].tolist() == [1, 0, 1] and columns["error"].tolist()[::2] == ["", ""]
+    shard, key, reason = columns["error"][1].split("\t")
+    assert (shard, key) == ("a.tar", "k4") and reason.startswith(
+        f"{path}: row 4 is not what was written; remove {path} and run"
+    )
+
+
 def test_checks_are_read_once_by_a_process(cache, monkeypatch):
     features, _ = open_features(pafs.LocalFileSystem(), str(cache[0]))
     asked: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -96,13 +97,17 @@ def test_ssv2_faults(ssv2):
     missing = "5, 6, 7, 8, 10, 11, 12, 13, 14, 15 and 14 more"
     assert f"train.json names 24 of 29 videos that are not there: {missing}; unpack all parts" in fault(ssv2)
     write_json(labels / "train.json", [entry(1, "Eating [something]")])
-    assert "video 1: class 'Eating something' is not in the list of 2 classes" in fault(ssv2)
+    assert "train.json: line 1: video 1: class 'Eating something' is not in the list of 2 classes" in fault(ssv2)
+    (labels / "train.json").write_text(json.dumps([entry(1), entry(2, "Eating [something]")], indent=2))
+    assert "train.json: line 10: video 2: class 'Eating something' is not in the list of 2 classes" in fault(ssv2)
     write_json(labels / "train.json", [{"id": "1"}])
     assert 'video 1 has no "template"; add it: only the test split is without labels' in fault(ssv2)
+    (labels / "train.json").write_text('[\n{"id": "1", "template": "Pushing [something] from left to right"},\n\n {}\n]')
+    assert 'train.json: line 4: an object with "id" is needed' in fault(ssv2)
     write_json(labels / "train.json", [{**entry(1), "placeholders": "a cup"}])
     assert "video 1: \"placeholders\" is 'a cup'; a list of what the sentence names is needed" in fault(ssv2)
     write_json(labels / "train.json", {"id": "1"})
-    assert 'a list of objects with "id" is needed' in fault(ssv2)
+    assert "train.json: a JSON list is needed, [entry, ...]" in fault(ssv2)
     (labels / "train.json").write_text('[\n {"id": "1",}\n]')
     assert "train.json: line 2, column" in fault(ssv2)
     write_json(labels / "train.json", [entry(3)])

@@ -36,7 +36,7 @@ from vidfuse.data.flips import NEVER, Classes
 from vidfuse.data.frame_cache import Clip, FrameCache, key_of
 from vidfuse.data.ranges import EndError, Fetched, Range, fetch, joined
 from vidfuse.data.sampling import PADDING, frame_numbers, generator
-from vidfuse.data.shards import SplitIndex
+from vidfuse.data.shards import DataError, SplitIndex
 from vidfuse.data.transforms import Box, centre_box, crop_resize, random_box
 from vidfuse.data.video import DecodeError
 
@@ -208,23 +208,26 @@ class ClipReader:
         return out
 
     def _read_features(self, of: FeatureSet, part: Part, out: Columns) -> None:
-        """Fill the column of a cache; a row that was unreadable when it was cached is so now."""
+        """Fill the column of a cache; a row that was unreadable when it was cached is so now, and one that is damaged."""
         views, column = self.views(part.epoch), out[column_of(of)]
         wanted = [
-            (number * views + repeat, 0 if part.epoch is None else self.view(video, part.epoch, repeat), video.sample)
+            (number * views + repeat, 0 if part.epoch is None else self.view(video, part.epoch, repeat), video)
             for number, video in enumerate(part.videos)
             if video is not None
             for repeat in range(1 if part.epoch is None else views)
         ]
-        places = [of.place(draw, sample) for _, draw, sample in wanted]
-        for (row, draw, sample), fetched in zip(wanted, _fetched(of.filesystem, places), strict=True):
-            bits, reason = of.rows(draw, sample, fetched)
+        places = [of.place(draw, video.sample) for _, draw, video in wanted]
+        for (row, draw, video), fetched in zip(wanted, _fetched(of.filesystem, places), strict=True):
             place = slice(row, row + of.made.views)
             out["retries"][row] += fetched.retries
-            if not reason:
-                column[place] = bits
-                out["bytes"][row] += bits.nbytes
-                continue
+            try:
+                bits, reason = of.rows(draw, video.sample, fetched)
+                if not reason:
+                    column[place] = bits
+                    out["bytes"][row] += bits.nbytes
+                    continue
+            except DataError as error:
+                reason = f"{video.shard}\t{video.key}\t{error}"
             out["weight"][place] = 0
             out["error"][place] = [before or reason for before in out["error"][place]]
 

@@ -138,6 +138,14 @@ class FeatureSet:
         """(N, D)."""
         return self.made.tokens, self.made.width
 
+    def check(self) -> None:
+        """Read what rows are checked by.
+
+        Raises:
+            DataError: it is not what was written.
+        """
+        self._checks(pickle.dumps(self.filesystem))
+
     def place(self, draw: int, sample: int) -> Range:
         """Where the rows of a video in a draw are."""
         number, row = self._row(draw, sample)
@@ -145,11 +153,11 @@ class FeatureSet:
         return Range(path, start, self.made.views * self.row_bytes)
 
     def rows(self, draw: int, sample: int, fetched: Fetched) -> tuple[npt.NDArray[Any], str]:
-        """What was fetched of that place: bit patterns [views, N, D], and why the video could not be read (or "").
+        """What was fetched of that place: bit patterns [views, N, D], and why the video could not be read when it was cached (or "").
 
         Raises:
             OSError: the storage does not give what they are checked by.
-            DataError: the part is shorter than it was, or the rows are not those that were written.
+            DataError: these rows are not what was written, or the part ends before them.
         """
         (number, row), path, content = self._row(draw, sample), self.place(draw, sample).path, fetched.content
         if isinstance(content, EndError):

@@ -142,7 +142,10 @@ def find(cache: Cache) -> tuple[FeatureSet, FeatureManifest] | None:
         return None
     if manifest.recipe != cache.recipe:
         raise DataError(f"{cache.url} is the cache of something else; remove it")
-    return None if lost(filesystem, root, manifest) else (opened, manifest)
+    if lost(filesystem, root, manifest):
+        return None
+    opened.check()
+    return opened, manifest
 
 
 def lost(filesystem: Any, root: str, manifest: FeatureManifest) -> list[str]:

@@ -25,6 +25,7 @@ NEEDED = (
 """What annotations are called."""
 SUFFIXES = ", ".join(f".{suffix}" for suffix in VIDEO_SUFFIXES)
 _OF_CLASS = re.compile(r"(?P<name>.+)_test_split(?P<number>\d)\.txt")
+_BEYOND_SPACE = re.compile(r"[^ \t\n\r]")
 _DEPTH = 4
 """Folders in folders in which videos are looked for."""
 _ARCHIVE_DEPTH = 2
@@ -133,6 +134,36 @@ def read_json(file: Path) -> Any:
         raise DataError(f"{file}: JSON nested too deep to be annotations; give the file as it is distributed") from None
     except ValueError:
         raise DataError(f"{file}: a number of thousands of digits; give the file as it is distributed") from None
+
+
+def read_entries(file: Path) -> Iterator[tuple[int, Any]]:
+    """The entries of a JSON file that is a list, with the numbers from 1 of the lines where they begin.
+
+    Raises:
+        DataError: what `read_json` raises, or JSON that is no list.
+    """
+    if not isinstance(read_json(file), list):
+        raise DataError(f"{file}: a JSON list is needed, [entry, ...]; give the file as it is distributed")
+    return _entries(read_text(file))
+
+
+def _entries(text: str) -> Iterator[tuple[int, Any]]:
+    """Of a list that is whole."""
+    decoder, line, seen = json.JSONDecoder(), 1, 0
+    start = _next(text, text.index("[") + 1)
+    while text[start] != "]":
+        entry, end = decoder.raw_decode(text, start)
+        line, seen = line + text.count("\n", seen, start), start
+        yield line, entry
+        start = _next(text, end)
+        start = _next(text, start + 1) if text[start] == "," else start
+
+
+def _next(text: str, start: int) -> int:
+    """Where the next character is that is no white space."""
+    match = _BEYOND_SPACE.search(text, start)
+    assert match is not None  # the list's end, at the latest
+    return match.start()
 
 
 def read_classes(file: Path) -> tuple[str, ...]:

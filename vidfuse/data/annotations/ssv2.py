@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vidfuse.config import LayoutConfig
-from vidfuse.data.annotations.files import by_stem, find, read_json, videos_below
+from vidfuse.data.annotations.files import by_stem, find, read_entries, read_json, videos_below
 from vidfuse.data.annotations.source import Listed, Source, SourceVideo, label_of, leave_out
 from vidfuse.data.shards import DataError, Quarantined
 
@@ -44,11 +44,14 @@ def read(folder: Path, options: LayoutConfig) -> Source:
         if file is None:
             continue
         entries = _entries(file)
-        missing = [(key, key) for entry in entries if (key := str(entry["id"])) not in videos]
+        missing = [(key, key) for _, entry in entries if (key := str(entry["id"])) not in videos]
         absent += leave_out(file, split, missing, listed=len(entries), share=options.allow_missing)
-        there = [entry for entry in entries if str(entry["id"]) in videos]
-        listed = Listed(str(file), 0)
-        splits[split] = tuple(_video(listed, split, entry, numbers, videos[str(entry["id"])]) for entry in there)
+        name = str(file)
+        splits[split] = tuple(
+            _video(Listed(name, line), split, entry, numbers, videos[str(entry["id"])])
+            for line, entry in entries
+            if str(entry["id"]) in videos
+        )
     if "train" not in splits:
         raise DataError(f"{folder}: no train.json beside {labels_file.name}; unpack all annotations")
     unlisted = len(videos) - len({v.key for s in splits.values() for v in s})
@@ -70,11 +73,13 @@ def _classes(file: Path) -> tuple[str, ...]:
     return tuple(numbered[number] for number in range(len(content)))
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
-    content = read_json(file)
-    if not isinstance(content, list) or not all(isinstance(entry, dict) and "id" in entry for entry in content):
-        raise DataError(f'{file}: a list of objects with "id" is needed; give the file as it is distributed')
-    return content
+def _entries(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """With their lines."""
+    entries = list(read_entries(file))
+    for line, entry in entries:
+        if not isinstance(entry, dict) or "id" not in entry:
+            raise DataError(f'{Listed(str(file), line)}: an object with "id" is needed; give the file as it is distributed')
+    return entries
 
 
 def _video(listed: Listed, split: str, entry: dict[str, Any], numbers: dict[str, int], path: str) -> SourceVideo:
