@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -49,6 +50,20 @@ def fault(folder: Path, layout: str | None = None, **options) -> str:
     with pytest.raises(DataError) as error:
         read_layout(folder, layout, LayoutConfig(**options))
     return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "users"), [("holdout", "--holdout", "tree"), ("classes", "--classes", "kinetics, list, tree")]
+)
+def test_an_option_that_the_layout_has_no_use_for_is_refused(ucf101, name, option, users):
+    words = f"read as ucf101, which has no use for {option} (of {users}); leave it out, or choose another layout with --layout"
+    assert words in fault(ucf101, **{name: 0.2 if name == "holdout" else "names.txt"})
+
+
+def test_layouts_tell_the_options_that_they_use():
+    for name, layout in LAYOUTS.items():
+        assert set(re.findall(r"\boptions\.([a-z_]+)", Path(layout.__file__).read_text())) == layout.USES, name
+        assert set(LayoutConfig.model_fields) >= layout.USES
 
 
 def test_each_layout_can_be_asked_for():

@@ -21,7 +21,7 @@ class PackConfig(Section):
 
 
 class LayoutConfig(Section):
-    """How the annotations of a folder of videos are read (`jobs.pack`); what a layout has no use for is left alone."""
+    """How the annotations of a folder of videos are read (`jobs.pack`); what a layout has no use for is refused."""
 
     split_number: int = Field(1, ge=1, le=3)
     """Official split: of `ucf101`, of `hmdb51`, and of lists that are called `..._split_N...`."""

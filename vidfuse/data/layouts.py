@@ -28,8 +28,8 @@ def read_layout(folder: str | Path, layout: str | None = None, options: LayoutCo
         options: Of the layouts.
 
     Raises:
-        DataError: no such folder, an archive, no videos or annotations in it, annotations that are broken, name missing videos
-            or unknown classes, or put a video in two splits.
+        DataError: no such folder, an archive, no videos or annotations in it, an option that the layout has no use for, annotations
+            that are broken, name missing videos or unknown classes, or put a video in two splits.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -37,7 +37,9 @@ def read_layout(folder: str | Path, layout: str | None = None, options: LayoutCo
     layout = layout or detect_layout(folder)
     if layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    source = replace(LAYOUTS[layout].read(folder, options or LayoutConfig()), layout=layout)
+    options = options or LayoutConfig()
+    _check_use(folder, layout, options)
+    source = replace(LAYOUTS[layout].read(folder, options), layout=layout)
     check_videos(source)
     return source
 
@@ -62,6 +64,16 @@ def detect_layout(folder: Path) -> str:
             )
         )
     return found[0] if found else "tree"
+
+
+def _check_use(folder: Path, layout: str, options: LayoutConfig) -> None:
+    for name, option in type(options).model_fields.items():
+        if name not in LAYOUTS[layout].USES and getattr(options, name) != option.default:
+            users = ", ".join(other for other, file in LAYOUTS.items() if name in file.USES)
+            raise DataError(
+                f"{folder}: read as {layout}, which has no use for --{name.replace('_', '-')} (of {users}); leave it out, or choose"
+                f" another layout with --layout"
+            )
 
 
 def _no_folder(path: Path) -> str:

@@ -17,6 +17,8 @@ from vidfuse.data.annotations.files import lists_of_classes, read_lines, text_fi
 from vidfuse.data.annotations.source import Listed, Source, SourceVideo, keys_of, leave_out, shown, split_of
 from vidfuse.data.shards import DataError, Quarantined
 
+USES = frozenset({"split_number", "allow_missing"})
+"""Options that the layout has a use for."""
 _VIDEOS = ("videos", ".")
 _SPLITS = {"0": None, "1": "train", "2": "validation"}
 _LINE = re.compile(r"(?P<video>.+?)\s+(?P<use>[012])")

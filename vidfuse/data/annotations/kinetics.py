@@ -18,6 +18,8 @@ from vidfuse.data.annotations.files import by_stem, class_file, csv_header, csv_
 from vidfuse.data.annotations.source import SPLIT_NAMES, Listed, Source, SourceVideo, label_of, leave_out, shown, split_of
 from vidfuse.data.shards import DataError, Quarantined
 
+USES = frozenset({"classes", "allow_missing"})
+"""Options that the layout has a use for."""
 _COLUMNS = ("youtube_id", "time_start", "time_end")
 _NUMBERED = (400, 600, 700)
 

@@ -37,6 +37,8 @@ from vidfuse.data.annotations.files import (
 from vidfuse.data.annotations.source import SPLIT_NAMES, Listed, Source, SourceVideo, keys_of, leave_out, shown, split_of
 from vidfuse.data.shards import VIDEO_SUFFIXES, DataError, Quarantined
 
+USES = frozenset({"split_number", "classes", "allow_missing"})
+"""Options that the layout has a use for."""
 MOST_CLASSES = 100_000
 """A larger label is taken for a mistake where no list of classes is given."""
 _NUMBER = re.compile(r"split_?0*(\d+)")

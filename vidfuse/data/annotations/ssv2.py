@@ -15,6 +15,8 @@ from vidfuse.data.annotations.files import by_stem, find, read_entries, read_jso
 from vidfuse.data.annotations.source import Listed, Source, SourceVideo, label_of, leave_out
 from vidfuse.data.shards import DataError, Quarantined
 
+USES = frozenset({"allow_missing"})
+"""Options that the layout has a use for."""
 _ANNOTATIONS = ("labels/{}.json", "{}.json", "something-something-v2-{}.json", "labels/something-something-v2-{}.json")
 _VIDEOS = ("20bn-something-something-v2", "videos", ".")
 

@@ -32,6 +32,8 @@ from vidfuse.data.annotations.files import (
 from vidfuse.data.annotations.source import SPLIT_NAMES, Source, SourceVideo, keys_of, label_of, shown
 from vidfuse.data.shards import DataError
 
+USES = frozenset({"holdout", "seed", "classes"})
+"""Options that the layout has a use for."""
 Paths = dict[str, list[str]]
 
 

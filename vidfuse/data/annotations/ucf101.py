@@ -16,6 +16,8 @@ from vidfuse.data.annotations.files import PLACES, find, read_lines, videos_of_c
 from vidfuse.data.annotations.source import Listed, Source, SourceVideo, keys_of, leave_out
 from vidfuse.data.shards import DataError, Quarantined
 
+USES = frozenset({"split_number", "allow_missing"})
+"""Options that the layout has a use for."""
 _LISTS = (*PLACES, "ucfTrainTestlist", "../ucfTrainTestlist")
 _VIDEOS = ("UCF-101", "videos", ".")
 _CLASS = re.compile(r"(?P<index>\d+)\s+(?P<name>.+)")
