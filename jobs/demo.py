@@ -23,7 +23,7 @@ from jobs import cli, local_store
 from vidfuse import presets
 from vidfuse.config import Config, override
 from vidfuse.data.layouts import read_layout
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, preflight
 from vidfuse.on_ray.judge import judge, publish
 from vidfuse.on_ray.packing import OtherSetError, Packed, pack, prepare
 from vidfuse.on_ray.runs import RunFolder
@@ -88,7 +88,7 @@ def pack_videos(folder: Path, url: str) -> Packed:
 def train(config: Config) -> dict[str, Any]:
     """Train a preset on the packed videos."""
     config = override(config, [f"data.url=s3://{BUCKET}/packed", f"run.storage=s3://{BUCKET}/runs"])
-    fit.check(config)
+    preflight.check(config)
     line = cli.ProgressLine(config.run.name)
     try:
         return fit.fit(config, facts=cli.facts(), on_progress=line, stop=cli.stop_event())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jobs import cli, plan
 from vidfuse.config import override
-from vidfuse.on_ray import features, featurizing, fit
+from vidfuse.on_ray import features, featurizing, preflight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         plan.show(config)
         return 0
-    packed, model = fit.open_set(config), fit.check_model(config)
-    fit.check_reachable(model)
+    packed, model = preflight.open_set(config), preflight.check_model(config)
+    preflight.check_reachable(model)
     features.check(config, model)
     cli.start_ray()
     caches = features.wanted(config, packed)

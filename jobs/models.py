@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jobs import cli
 from vidfuse import presets
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.train import plan
 
 
@@ -26,14 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table() -> list[str]:
     """The table's lines."""
     configs = {name: presets.get(name) for name in presets.PRESETS}
-    return [*plan.PRESET_HEAD, *(plan.preset_row(name, config, fit.check_model(config)) for name, config in configs.items())]
+    return [
+        *plan.PRESET_HEAD,
+        *(plan.preset_row(name, config, preflight.check_model(config)) for name, config in configs.items()),
+    ]
 
 
 def feeding(tflops: float, clips: float) -> list[str]:
     """The lines of the table of what feeds a GPU."""
     given = {"tflops": tflops, "clips_per_core": clips}
     configs = {name: presets.get(name) for name in presets.PRESETS if not name.startswith("demo")}
-    return [*plan.FEEDING_HEAD, *(plan.feeding_row(n, c, fit.check_model(c), **given) for n, c in configs.items())]
+    return [*plan.FEEDING_HEAD, *(plan.feeding_row(n, c, preflight.check_model(c), **given) for n, c in configs.items())]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs import cli
 from vidfuse.config import Config
 from vidfuse.data.flips import flip_lines
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.on_ray.room import WORKERS_WITHOUT_GPU
 from vidfuse.train import plan
 
@@ -17,7 +17,7 @@ def show(config: Config) -> None:
         ConfigError, DataError, StorageError: as training would.
     """
     cli.say(config.to_yaml())
-    model = fit.check_model(config)
+    model = preflight.check_model(config)
     for line in plan.parameter_lines(model):
         cli.say(line)
     cli.say("\nweights")
@@ -31,7 +31,7 @@ def show(config: Config) -> None:
     if config.data.url is None:
         cli.say("\nsteps: not known without data.url")
     else:
-        manifest = fit.check(config).manifest
+        manifest = preflight.check(config).manifest
         cli.say(f"\npacked set: {manifest.dataset}, version {manifest.version}")
         cli.say(plan.steps_line(config, manifest.splits[config.data.train_split].samples))
         for line in flip_lines(manifest.classes) if config.data.flip is True else ():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jobs import cli, plan
 from vidfuse.config import Config
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, preflight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     """Train, or say what a finished run has; the exit code."""
-    manifest = fit.check(config).manifest
+    manifest = preflight.check(config).manifest
     cli.say(f"{config.run.name} on {manifest.dataset}, version {manifest.version}")
     cli.start_ray()
     stop = cli.stop_event()

@@ -28,7 +28,7 @@ from tuning.tables import TABLES, Row
 from vidfuse.config import Config, ConfigError, differences, from_mapping, override
 from vidfuse.data.shards import DataError
 from vidfuse.evaluate import comparison, drawing
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, preflight
 from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import StorageError, join, open_storage, write_bytes
@@ -122,18 +122,18 @@ def plan(base: Config, table: str, seeds: int) -> Ablation:
 
 
 def check(ablation: Ablation) -> None:
-    """Refuse, before any cell runs, what could not train: as `fit.check`, and a run of that name that was another training.
+    """Refuse, before any cell runs, what could not train: as `preflight.check`, and a run of that name that was another training.
 
     Raises:
         ConfigError, DataError, StorageError, CheckpointError: one clear message that names the cell.
     """
     for cell in ablation.cells:
         with _named(cell):
-            fit.check(cell.config)
+            preflight.check(cell.config)
         folder = RunFolder.of(cell.config.run)
         last = folder.checkpoints()["last"]
         saved = from_mapping(folder.state(last).config) if last is not None else cell.config
-        if saved.digest() != cell.config.digest():  # fit.check admits other epochs; in a table they are another budget
+        if saved.digest() != cell.config.digest():  # preflight.check admits other epochs; in a table they are another budget
             raise CheckpointError(
                 f"{folder.url} was trained as another config ({'; '.join(differences(saved, cell.config))}): give the same one "
                 "to continue, or another --set run.name=... to start afresh"
@@ -334,7 +334,7 @@ def _check_distinct(rows: Sequence[Row], configs: Mapping[str, Config]) -> None:
 
 def _parameters(row: Row, config: Config) -> Parameters:
     try:
-        model = fit.check_model(config)
+        model = preflight.check_model(config)
     except ConfigError as error:
         raise ConfigError(f"row {row.name}: {error}") from None
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]

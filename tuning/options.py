@@ -11,7 +11,7 @@ from typing import cast
 from vidfuse.config import Config, Option
 from vidfuse.models import select
 from vidfuse.models.parts import Backbone
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 
 HEADS = (4, 8, 16)
 """Attention heads that are tried."""
@@ -29,5 +29,5 @@ def exchange_width(base: Config, share: float, heads: int) -> int:
     Raises:
         ConfigError: the base's model cannot be built.
     """
-    wider = max(cast(Backbone, stream).width for stream in fit.check_model(base).streams.values())
+    wider = max(cast(Backbone, stream).width for stream in preflight.check_model(base).streams.values())
     return math.ceil(wider * share / heads) * heads

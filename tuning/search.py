@@ -35,7 +35,7 @@ from tuning.spaces import Space, Values, settings
 from tuning.trial import COST, EPOCH, FAULT, METRIC, trainable
 from vidfuse import presets
 from vidfuse.config import Config, ConfigError, SearchConfig, override, read_file
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, preflight
 from vidfuse.on_ray.observe import Board
 from vidfuse.on_ray.room import resources
 from vidfuse.on_ray.storage import StorageError, join, open_storage
@@ -115,7 +115,7 @@ def check(search: Search) -> None:
             f"--grace-epochs: {grace}; from train.validate_every_epochs = {least} to train.epochs = {train.epochs} are possible: "
             "trials are judged by validation"
         )
-    fit.check(search.base)
+    preflight.check(search.base)
     firsts(search)
     study_of(search)
 

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tuning.options import HEADS, exchange_width, in_effect
 from vidfuse.config import Config, ConfigError, override
 from vidfuse.models import select
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 
 BOTTLENECKS = (1 / 8, 1 / 4, 1 / 2)
 """Widths inside an exchange that they try, as shares of the wider stream's."""
@@ -275,7 +275,7 @@ def _check(space: Space, base: Config) -> None:
             try:
                 config = override(base, settings(values))
                 if any(name.startswith("model.") for name in values):  # no other section changes what is built
-                    fit.check_model(config)
+                    preflight.check_model(config)
             except ConfigError as error:
                 raise ConfigError(f"--space {space.name}: {path}={json.dumps(value)}: {error}") from None
 
@@ -296,7 +296,7 @@ def _learning_rate(base: Config) -> dict[str, Parameter]:
 def _builds(base: Config, name: str, **options: Value) -> bool:
     changes: Values = {"model.fusion.name": name, **{f"model.fusion.{option}": value for option, value in options.items()}}
     try:
-        fit.check_model(override(base, settings(changes)))
+        preflight.check_model(override(base, settings(changes)))
     except ConfigError:
         return False
     return True

@@ -18,7 +18,7 @@ from ray import tune
 from tuning.spaces import Values
 from vidfuse.config import Config, ConfigError
 from vidfuse.data.shards import DataError
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, preflight
 from vidfuse.on_ray.room import resources
 from vidfuse.train.errors import CheckpointError, EndedError, ModelError, RunError
 
@@ -97,7 +97,7 @@ class Trial(tune.Trainable):
 
         try:
             self._run = self._config_of(values)
-            self._trained = sum(p.numel() for p in fit.check_model(self._run).parameters() if p.requires_grad)
+            self._trained = sum(p.numel() for p in preflight.check_model(self._run).parameters() if p.requires_grad)
             fitting = fit.fit_alone if self._alone else fit.fit
             return fitting(self._run, facts=self._facts, on_progress=hear, stop=stop)
         finally:

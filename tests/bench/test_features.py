@@ -21,7 +21,7 @@ from vidfuse.data.feed import Feed
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World
 from vidfuse.data.synthetic import render
-from vidfuse.on_ray import features, fit
+from vidfuse.on_ray import features, fit, preflight
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import open_storage
 from vidfuse.on_ray.stream import pull_through_ray
@@ -47,7 +47,7 @@ SET = [
 
 def epochs(config: Config, folder: Path, places: features.Places) -> tuple[list[float], list[float]]:
     """Seconds of each epoch's steps, waiting for data included, and the losses."""
-    packed = replace(fit.open_set(config), features=features.opened(places))
+    packed = replace(preflight.open_set(config), features=features.opened(places))
     feed = Feed(config, packed, World(1, 0, 8, 8), pull_through_ray(config.data, workers=1))
     times: list[float] = []
     inner = feed.train

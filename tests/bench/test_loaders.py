@@ -36,7 +36,7 @@ from vidfuse.config import TranscodeConfig, from_mapping
 from vidfuse.data.feed import Feed
 from vidfuse.data.sampling import World, frame_numbers
 from vidfuse.data.transforms import crop_resize, random_box
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.on_ray.stream import pull_through_ray
 
 pytestmark = [pytest.mark.bench, pytest.mark.ray]
@@ -114,7 +114,7 @@ def test_the_stream_feeds_as_much_as_the_strongest_loader(ray_cluster, tmp_path_
     url = written(folder, TranscodeConfig() if form == "transcoded" else None)
     data = {"classes": 2, "frames": FRAMES, "size": SIZE, "sampling": sampling, "url": url, "validation_split": "train"}
     config = from_mapping({"data": data, "train": {"global_batch": BATCH, "micro_batch": BATCH, "epochs": WARM + EPOCHS + 1}})
-    packed = fit.open_set(config)
+    packed = preflight.open_set(config)
     shards = [str(Path(url) / shard.name) for shard in packed.manifest.splits["train"].shards]
 
     def ours() -> float:

@@ -19,7 +19,7 @@ from vidfuse.config import from_mapping
 from vidfuse.data.feed import Feed
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.stream import pull_through_ray
 
@@ -79,7 +79,10 @@ def test_memory_does_not_grow_with_the_set(s3, ray_cluster, tmp_path):
             "buffer_bytes": 2**28,
         }
         config = from_mapping({"data": data, "train": {"global_batch": BATCH, "micro_batch": BATCH, "epochs": epochs}})
-        feed, rows = Feed(config, fit.open_set(config), World(1, 0, BATCH, BATCH), pull_through_ray(config.data, workers=1)), 0
+        feed, rows = (
+            Feed(config, preflight.open_set(config), World(1, 0, BATCH, BATCH), pull_through_ray(config.data, workers=1)),
+            0,
+        )
         with peak() as most:
             for epoch in range(epochs):
                 for (batch,) in feed.train(epoch, feed.order(epoch)):

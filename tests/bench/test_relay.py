@@ -17,7 +17,7 @@ from vidfuse.data import relay
 from vidfuse.data.feed import Feed
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.stream import pull_through_ray
 
@@ -41,7 +41,7 @@ def config(ray_cluster, tmp_path):
 
 
 def test_nobody_waits_for_the_next_stream(config, monkeypatch):
-    packed = fit.open_set(config)
+    packed = preflight.open_set(config)
 
     def longest() -> float:
         feed = Feed(config, packed, World(1, 0, BATCH, BATCH), pull_through_ray(config.data, workers=1))

@@ -442,16 +442,16 @@ def test_a_place_that_is_no_local_folder_is_refused(place):
 
 
 def test_what_cannot_be_a_cache_is_refused_before_training(tmp_path):
-    from vidfuse.on_ray import fit  # late: the processes above import this file, and it DeepSpeed
+    from vidfuse.on_ray import preflight  # late: the processes above import this file, and it DeepSpeed
 
     (tmp_path / "file").write_bytes(b"")
-    fit._check_frame_cache(from_mapping({"data": {"frame_cache": str(tmp_path / "new")}}).data)
+    preflight._check_frame_cache(from_mapping({"data": {"frame_cache": str(tmp_path / "new")}}).data)
     for data, words in (
         ({"frame_cache": str(tmp_path / "file")}, "data.frame_cache: .*a file, a folder is needed"),
         ({"frame_cache": str(tmp_path / "file/below")}, "data.frame_cache: .*cannot be written"),
         ({"frame_cache": str(tmp_path), "frame_cache_bytes": 1000}, "data.frame_cache_bytes: 1,000 do not hold one clip"),
     ):
         with pytest.raises(ConfigError, match=words):
-            fit._check_frame_cache(from_mapping({"data": data}).data)
+            preflight._check_frame_cache(from_mapping({"data": data}).data)
     with pytest.raises(ConfigError, match="frame_cache_bytes"):
         from_mapping({"data": {"frame_cache_bytes": 0}})

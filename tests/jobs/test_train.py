@@ -11,7 +11,7 @@ from tests import support
 from vidfuse.config import ConfigError, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError
-from vidfuse.on_ray import fit, room
+from vidfuse.on_ray import preflight, room
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import StorageError, open_storage, write_bytes
 from vidfuse.presets import PRESETS, get
@@ -74,7 +74,7 @@ def test_a_preset_that_does_not_exist():
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match=r"data\.url"):
-        fit.check(get("demo"))
+        preflight.check(get("demo"))
 
 
 def test_another_number_of_classes(packed):

@@ -14,7 +14,7 @@ from vidfuse.config import Config, from_mapping, override
 from vidfuse.data.feed import read_here
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.train.loop import run
 from vidfuse.train.worker import LocalWorker
@@ -58,7 +58,7 @@ def cluster(s3, config):
 def unbroken(config: Config, steps: int, folder: Path) -> list[float]:
     """The losses of the first steps of the same run in this process."""
     settings = override(config, ["cluster.workers=1"])
-    feed = CrashingFeed(settings, fit.open_set(settings), World(1, 0, 8, 4), read_here)
+    feed = CrashingFeed(settings, preflight.open_set(settings), World(1, 0, 8, 4), read_here)
     feed.crash_after = steps
     with contextlib.suppress(CrashError):
         run(settings, LocalWorker(folder), feed, folder=folder, facts={})

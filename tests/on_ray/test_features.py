@@ -22,7 +22,7 @@ from vidfuse.data.layouts import read_layout
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError, read_index, read_manifest
 from vidfuse.models.backbones import tiny_image
-from vidfuse.on_ray import features, fit
+from vidfuse.on_ray import features, fit, preflight
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.storage import join, list_files, open_storage, read_bytes, write_bytes
 from vidfuse.train.loop import run
@@ -67,7 +67,7 @@ def cached(config: Config, *more: str) -> Config:
 
 def trained(config: Config, folder: Path, places: features.Places) -> tuple[list[float], list[dict]]:
     """Losses of a run in this process, and its records."""
-    packed = replace(fit.open_set(config), features=features.opened(places))
+    packed = replace(preflight.open_set(config), features=features.opened(places))
     feed = Feed(config, packed, World(1, 0, config.train.global_batch, config.train.micro_batch), read_here)
     run(config, LocalWorker(folder), feed, folder=folder, facts={})
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -107,7 +107,7 @@ def test_training_on_cached_tokens_is_training_on_clips(config, raw, places, tmp
 
 def test_nothing_is_decoded_where_all_tokens_are_cached(config, places):
     settings = cached(config)
-    packed = replace(fit.open_set(settings), features=features.opened(places))
+    packed = replace(preflight.open_set(settings), features=features.opened(places))
     feed = Feed(settings, packed, World(1, 0, 8, 4), read_here)
     [batch, *_] = next(feed.train(0, feed.order(0)))
     assert batch.clips.shape[:2] == (4, 0)
@@ -120,7 +120,7 @@ def test_nothing_is_decoded_where_all_tokens_are_cached(config, places):
 def test_training_videos_are_scored_on_testing_clips(config, places):
     """The cache of the training split has random crops of its videos."""
     settings = cached(config)
-    packed = fit.open_set(settings)
+    packed = preflight.open_set(settings)
     world = World(1, 0, 8, 4)
     plain = Feed(settings, packed, world, read_here).score("train", clips=1, crops=1, micro_batch=4)
     feed = Feed(settings, replace(packed, features=features.opened(places)), world, read_here)
@@ -132,7 +132,7 @@ def test_training_videos_are_scored_on_testing_clips(config, places):
 def test_a_trained_stream_sees_the_clips_of_the_cached_one(config, places, tmp_path):
     half = override(config, ["model.motion.frozen=false", "train.epochs=2"])
     settings = cached(half)
-    found = features.provide(settings, fit.open_set(settings), pytest.fail)
+    found = features.provide(settings, preflight.open_set(settings), pytest.fail)
     assert {split: sorted(some) for split, some in found.items()} == {key: ["semantic"] for key in ("train", "validation")}
     assert found["train"]["semantic"] == places["train"]["semantic"]  # one cache for all that is joined with it
     a, _ = trained(half, tmp_path / "raw", {})
@@ -143,7 +143,7 @@ def test_a_trained_stream_sees_the_clips_of_the_cached_one(config, places, tmp_p
 def test_through_ray_train_and_kept_in_bf16(config, raw):
     """The command's own path: what is missing is made first, and Ray Data streams it."""
     settings = cached(config, "features.precision=bf16", "run.name=cached", "cluster.workers=2", "cluster.cpus_per_worker=0.5")
-    fit.check(settings)
+    preflight.check(settings)
     result = fit.fit(settings, facts={}, on_progress=lambda _: None, stop=threading.Event())
     folder = fit.RunFolder.of(settings.run)
     lines = [json.loads(line) for line in read_bytes(folder.filesystem, join(folder.root, "metrics.jsonl")).splitlines()]
@@ -174,7 +174,7 @@ def test_a_damaged_part_costs_its_own_videos_and_is_made_again_alone(config, pla
     content = read_bytes(filesystem, damaged)
     write_bytes(filesystem, damaged, content[:1024] + b"\x11" * (len(content) - 1024))
     settings = cached(config)
-    feed = Feed(settings, replace(fit.open_set(settings), features=features.opened(places)), World(1, 0, 8, 4), read_here)
+    feed = Feed(settings, replace(preflight.open_set(settings), features=features.opened(places)), World(1, 0, 8, 4), read_here)
     batches = [batch for step in feed.train(0, feed.order(0)) for batch in step]
     feed.close()
     errors = {error.key: error.reason for batch in batches for error in batch.errors}
@@ -229,13 +229,13 @@ def _saved(config: Config, folder: Path) -> str:
 def test_raw_is_what_is_done_where_it_is_asked_for(config, tmp_path):
     settings = cached(config, f"features.url={tmp_path}", "features.absent=raw")
     told: list[str] = []
-    assert features.provide(settings, fit.open_set(settings), pytest.fail, on_found=told.append) == {}
+    assert features.provide(settings, preflight.open_set(settings), pytest.fail, on_found=told.append) == {}
     assert len(told) == 4 and "it runs on every clip" in told[0] and not list(tmp_path.iterdir())
 
 
 def test_a_grid_that_is_too_fine_is_told_before_long_work(config):
     with pytest.raises(ConfigError, match=r"semantic\.grid: a grid of 9 x 2 x 2 cells .* has cells without a token"):
-        fit.check(cached(config, "model.semantic.grid=[9,2,2]"))
+        preflight.check(cached(config, "model.semantic.grid=[9,2,2]"))
 
 
 def test_a_stream_that_is_not_finite_is_told(config, tmp_path):

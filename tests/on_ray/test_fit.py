@@ -13,7 +13,7 @@ from tests import support
 from vidfuse.config import ConfigError, from_mapping, override
 from vidfuse.data.layouts import read_layout
 from vidfuse.data.shards import DataError, read_manifest
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import fit, preflight
 from vidfuse.on_ray.judge import judge, judge_together, publish
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
@@ -65,7 +65,7 @@ def train(config, *, stopped: bool = False):
     stop, events = threading.Event(), []
     if stopped:
         stop.set()
-    fit.check(config)
+    preflight.check(config)
     return fit.fit(config, facts={"git_revision": "test"}, on_progress=events.append, stop=stop), events
 
 
@@ -226,19 +226,19 @@ def test_a_finished_run_is_told_and_more_epochs_go_on(whole):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_split_without_labels_is_refused_before_training(config, split):
-    packed = fit.open_set(config)
-    fit._check_labels(config.data, packed)
+    packed = preflight.open_set(config)
+    preflight._check_labels(config.data, packed)
     packed.indices[split].label[3:5] = -1
     with pytest.raises(
         DataError, match=rf"data\.{split}_split: 2 of the \d+ videos of '{split}' have no label, the first is '"
     ):
-        fit._check_labels(config.data, packed)
+        preflight._check_labels(config.data, packed)
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(whole):
     other = override(whole[0], ["train.learning_rate=0.5", "model.fusion.heads=2"])
     with pytest.raises(CheckpointError, match=r"train\.learning_rate: 0\.001 -> 0\.5") as error:
-        fit.check(other)
+        preflight.check(other)
     assert "model.fusion.heads: 4 -> 2" in str(error.value)
 
 

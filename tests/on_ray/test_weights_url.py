@@ -21,7 +21,7 @@ from vidfuse.models import select
 from vidfuse.models.building import build_recognizer
 from vidfuse.models.recognizer import frozen_digest, trainable_state
 from vidfuse.models.start import header
-from vidfuse.on_ray import fit, weights
+from vidfuse.on_ray import fit, preflight, weights
 from vidfuse.on_ray.judge import judge
 from vidfuse.on_ray.packing import pack, prepare
 from vidfuse.on_ray.runs import RunFolder
@@ -122,7 +122,7 @@ def test_what_is_not_there_is_told(s3, url, said):
     with pytest.raises(StorageError, match=said):
         weights.local(url)
     with pytest.raises(ConfigError, match=said):
-        fit.check_model(config(semantic={"name": "tiny_image", "weights": url}))
+        preflight.check_model(config(semantic={"name": "tiny_image", "weights": url}))
 
 
 def test_a_storage_that_does_not_answer_is_told_within_seconds(s3, monkeypatch):
@@ -143,7 +143,7 @@ def test_the_dry_run_checks_a_stream_on_storage_and_says_so(put, capsys):
         next(iter(_parameters(5))),
     )
     with pytest.raises(ConfigError, match=r"other\.safetensors look like another architecture"):
-        fit.check_model(
+        preflight.check_model(
             config(semantic={"name": "tiny_image", "weights": put("other.safetensors", save({"x": torch.zeros(1)}))})
         )
 
@@ -166,7 +166,7 @@ def test_a_whole_model_on_storage_is_checked_before_long_work(put, capsys):
     plan.show(made)
     assert f"all of it: {made.model.weights}, checked" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="look like another architecture than Recognizer"):
-        fit.check_model(config(weights=put("model.safetensors", save({"x": torch.zeros(1)}))))
+        preflight.check_model(config(weights=put("model.safetensors", save({"x": torch.zeros(1)}))))
 
 
 def test_published_weights_are_planned_without_network_and_asked_for_before_a_run(monkeypatch, capsys):
@@ -182,11 +182,11 @@ def test_published_weights_are_planned_without_network_and_asked_for_before_a_ru
     with pytest.raises(
         ConfigError, match=r"model\.semantic\.weights: published weights of timm/vit_small_plus.* cannot be fetched"
     ):
-        fit.check_reachable(fit.check_model(made))
+        preflight.check_reachable(preflight.check_model(made))
 
 
 def _train(made):
-    fit.check(made)
+    preflight.check(made)
     return fit.fit(made, facts={}, on_progress=lambda _: None, stop=threading.Event())
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.train.local import Job, config, execute, losses, together
 from vidfuse.config import ConfigError, override
 from vidfuse.models.recognizer import frozen_digest, trainable_state
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.train import plan
 from vidfuse.train.checkpoint import load_weights
 from vidfuse.train.model import model_of
@@ -117,7 +117,7 @@ def test_rates_fall_with_depth_in_what_is_added_too():
 
 def test_the_dry_run_tells_them():
     run = adapted()
-    model = fit.check_model(run)
+    model = preflight.check_model(run)
     lines = plan.parameter_lines(model)
     trained = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in model.streams.items()}
     assert all(f"{count:,}" in line for count, line in zip(trained.values(), lines[1:], strict=False))

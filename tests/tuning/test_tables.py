@@ -10,7 +10,7 @@ from tuning.tables import TABLES
 from vidfuse.config import Config, ConfigError, ModelConfig, override
 from vidfuse.models import select
 from vidfuse.models.parts import Tokens
-from vidfuse.on_ray import fit
+from vidfuse.on_ray import preflight
 from vidfuse.presets import get
 
 
@@ -82,7 +82,7 @@ def test_weights_of_one_backbone_and_clips_that_another_cannot_take_are_refused(
 def test_without_graphs_the_exchanges_stay_and_complete_graphs_are_as_large():
     base = override(get("ssv2_gasm_cast"), ["model.fusion.layers=2", "model.fusion.windows=none", "model.fusion.dropout=0"])
     configs = {row.name: override(base, row.settings) for row in TABLES["graph"](base)}
-    graph, complete, none = ({n: p.shape for n, p in fit.check_model(c).named_parameters()} for c in configs.values())
+    graph, complete, none = ({n: p.shape for n, p in preflight.check_model(c).named_parameters()} for c in configs.values())
     assert graph == complete
     assert none == {name: shape for name, shape in graph.items() if not name.startswith("fusion.graphs.")}
     kept = {"layers": 2, "bottleneck": 256, "heads": 8, "direction": "both", "windows": "none", "dropout": 0.0}

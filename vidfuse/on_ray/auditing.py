@@ -6,7 +6,7 @@ Comes in: a run's folder. Goes out: an `Audit`: its journal against the index of
 from __future__ import annotations
 
 from vidfuse.data.shards import DataError
-from vidfuse.on_ray.fit import open_set
+from vidfuse.on_ray.preflight import open_set
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.train.audit import Audit, audit
 

@@ -17,6 +17,7 @@ from vidfuse.data.shards import DataError
 from vidfuse.evaluate.metrics import Scores
 from vidfuse.evaluate.report import report
 from vidfuse.on_ray.observe import Board
+from vidfuse.on_ray.preflight import open_set
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.score import score_run, split_of
 from vidfuse.on_ray.storage import join
@@ -173,8 +174,6 @@ def _said(member: Judgement) -> str:
 
 def folder_manifest(config: Config) -> Any:
     """The manifest of a config's packed set."""
-    from vidfuse.on_ray.fit import open_set
-
     return open_set(config, split_of(config)).manifest
 
 

@@ -24,8 +24,8 @@ from vidfuse.data.flips import check_directions, mirrored_classes
 from vidfuse.data.sampling import World
 from vidfuse.data.shards import DataError
 from vidfuse.models.recognizer import frozen_digest
-from vidfuse.on_ray.fit import open_set
 from vidfuse.on_ray.observe import Board
+from vidfuse.on_ray.preflight import open_set
 from vidfuse.on_ray.room import ray_settings, resources
 from vidfuse.on_ray.runs import RunFolder
 from vidfuse.on_ray.storage import join, read_bytes
